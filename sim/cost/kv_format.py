@@ -43,9 +43,9 @@ class KVFormat:
         """Return the KV blocks that ``tokens`` computed tokens need."""
         return kv_blocks(self.keep.tokens(tokens), self.block_tokens)
 
-    def read_tokens(self, tokens: int) -> int:
-        """Return how many tokens at 16 bits have the bytes that a decode reads after ``tokens``, rounded down."""
-        return self.keep.tokens(tokens) * self.token_bytes // self.full_token_bytes
+    def read_bytes(self, tokens: int) -> int:
+        """Return the bytes that a decode reads after ``tokens`` tokens."""
+        return self.keep.tokens(tokens) * self.token_bytes
 
 
 @functools.lru_cache(maxsize=1024)  # engines ask whenever a prefill ends

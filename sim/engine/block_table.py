@@ -88,10 +88,6 @@ class BlockTable:
         """Return how many tokens of a layer a KV block holds."""
         return self.formats[layer].block_tokens if self.formats is not None else self.block_tokens
 
-    def read_tokens(self, layer: int, tokens: int) -> int:
-        """Return how many tokens at 16 bits have the bytes that a decode reads of a layer after ``tokens``."""
-        return self.formats[layer].read_tokens(tokens) if self.formats is not None else tokens
-
     def blocks_needed(self, layer: int, tokens: int) -> int:
         """Return the own blocks that one layer needs for ``tokens`` computed tokens."""
         if self.formats is None:

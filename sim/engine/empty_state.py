@@ -43,7 +43,7 @@ def empty_state(
             slots=slots,
             layers=model.num_layers,
             words=graph.words,
-            block_tokens=config.kv_block_tokens,
+            most_block_tokens=kv_block_tokens_at(model, config.kv_block_tokens, min(KV_BITS)),
             kv_sets=kv_sets,
             free_runs=4 * owners + 16,
             precisions=len(WEIGHT_BITS),

@@ -7,7 +7,7 @@ are in sim/engine/executor.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -204,23 +204,35 @@ def _layers_seen(iteration: Iteration) -> Ints:
     prefill_tokens = sum(tokens for _, tokens in prefills)
     for layer, bits in enumerate(plan.product_bits):
         chunks = [(tokens, live.computed_tokens) for live, tokens in prefills if layer in live.mha]
-        contexts = [live.table.read_tokens(layer, live.computed_tokens) for live in decodes if layer in live.mha]
-        writing, feeding = 0, prefill_tokens
+        reading = [live for live in decodes if layer in live.mha]
+        queries, context, writing, feeding = len(reading), _read_tokens(reading, layer), 0, prefill_tokens
         if plan.kv_only[layer]:
             last = [live.target_tokens for live, _ in ending if layer in live.mha]
             writing, feeding = sum(tokens for tokens, _ in chunks) - len(last), len(ending)
-            chunks, contexts = [], contexts + last
+            queries, context, chunks = queries + len(last), context + sum(last), []
         seen = (
             WEIGHT_BITS.index(bits),
             sum(tokens for tokens, _ in chunks),
             sum(chunk_context_sum(tokens, prefix) for tokens, prefix in chunks),
-            len(contexts),
-            sum(contexts),
+            queries,
+            context,
             feeding * plan.prefill.ffn[layer] + len(decodes) * plan.decode.ffn[layer],
             writing,
         )
         rows[seen] = rows.get(seen, 0) + 1
     return np.array([(count, *seen) for seen, count in rows.items()], dtype=np.int64)
+
+
+def _read_tokens(decodes: Sequence[LiveRequest], layer: int) -> int:
+    """Return how many tokens at 16 bits have the bytes that decodes read of a layer, rounded down."""
+    tokens, stored_bytes, full_bytes = 0, 0, 1
+    for live in decodes:
+        if live.table.formats is None:
+            tokens += live.computed_tokens
+        else:
+            form = live.table.formats[layer]
+            stored_bytes, full_bytes = stored_bytes + form.read_bytes(live.computed_tokens), form.full_token_bytes
+    return tokens + stored_bytes // full_bytes
 
 
 class PricedWeights:

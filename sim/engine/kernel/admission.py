@@ -2,8 +2,9 @@
 
 A batch is formed at the start of its iteration, and its KV blocks are taken then. Its prefills and single decodes are
 the first ``batch_chunks`` rows of ``batch`` (slot, tokens); ``decodes_in_batch`` adds all decoding requests at once.
-`_form` treats the decoding requests as one group. If that is impossible (cut or quantized KV, more decodes than the
-token budget, several unfinished prompts), `_form_eagerly` goes through the running requests one by one.
+`_form` treats the decoding requests as one group. If that is impossible (cut KV that still grows up to its limit,
+more decodes than the token budget, several unfinished prompts), `_form_eagerly` goes through the running requests one
+by one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from sim.compiled import compiled, constant
-from sim.engine.kernel.decodes import _link_slot, _preempt, settle
+from sim.engine.kernel.decodes import _link_slot, _preempt, blocks_due, settle
 from sim.engine.kernel.kv import _blocks, _prefix_blocks_in, _take, blocks_of
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _find_prefix, _hold_prefix_blocks
@@ -28,7 +29,6 @@ from sim.engine.kernel.state import (
     ZERO,
     admissible,
     batch_of,
-    blocks_due_by_phase_of,
     counters_of,
     due_clocks_of,
     free_runs_of,
@@ -314,13 +314,12 @@ def _form(s: Table, now_s: float) -> int:
     if _admits_first(s) and _admit_those_that_fit(s, now_s, n.max_batch_tokens, _free(s), NO_SWAPPED) > 0:
         _take(s, _blocks_for_chunks(s, ZERO))
         return 0
-    # At this clock, every decoding request whose context is a multiple of the block size takes one block per layer.
-    phase = -n.clock % n.block_tokens
     victims = 0
-    while blocks_due_by_phase_of(s)[phase] > _free(s) and n.running > 0:
+    need = blocks_due(s)
+    while need > _free(s) and n.running > 0:
         _preempt(s, slots[end].previous)
         victims += 1
-    need = blocks_due_by_phase_of(s)[phase]
+        need = blocks_due(s)
     budget = n.max_batch_tokens - n.decoding  # each decode computes one token
     # The newest request is the only one that can still be in prefill; it gets what the decodes leave.
     newest = slots[end].previous
@@ -416,7 +415,7 @@ def _form_running(s: Table, now_s: float) -> int:
 def _needs_eager(s: Table) -> bool:
     """Return whether the next batch has to be formed request by request."""
     n, slots = counters_of(s), slots_of(s)
-    if n.formatted > 0:  # the blocks that a decode takes differ between layers
+    if n.one_by_one > 0:  # decodes that take a block in some layers now and in others never again
         return True
     if n.decoding > _running_budget(s):
         return True

@@ -1,15 +1,16 @@
 """Running requests. All decoding requests gain one token in every decoding iteration, without a loop over them.
 
 ``clock`` counts the decoding iterations, and a slot remembers the clock at which its request joined the decodes. Kept
-up to date instead of single requests: sums over the decodes, which price an iteration (``kv_sets``); a histogram of
-their contexts modulo the KV block, which gives the blocks that an iteration takes (``blocks_due_by_phase``); and
-``next_due``, the next clock at which a request has its last token. So an iteration costs O(1), plus O(1) for each
-chunk, admission and preemption; a finish costs one pass over the slots.
+up to date instead of single requests: sums over the decodes, which price an iteration (``kv_sets``, and ``layer_kv``
+for those that keep only a part of their KV); a histogram of their contexts modulo the KV block, which gives the blocks
+that an iteration takes (``blocks_due_by_phase``); and ``next_due``, the next clock at which a request has its last
+token. So an iteration costs O(1), plus O(1) for each chunk, admission and preemption; a finish costs one pass over the
+slots. A request that keeps only a part of its KV costs one pass over the layers when it joins or leaves.
 """
 
 from __future__ import annotations
 
-from sim.compiled import compiled
+from sim.compiled import compiled, constant
 from sim.engine.kernel.kv import _found_again, _prefix_blocks_in, _release, blocks_of
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _release_prefix_blocks
@@ -17,19 +18,27 @@ from sim.engine.kernel.state import (
     NEVER,
     NO_OWNER,
     WAITING,
+    _has,
     blocks_due_by_phase_of,
     counters_of,
     due_clocks_of,
     free_slots_of,
     held_prefix_blocks_of,
+    kv_format_bits_of,
+    kv_format_tokens_of,
+    kv_precisions_of,
+    kv_set_words_of,
     kv_sets_of,
     last_token_groups_of,
+    layer_kv_of,
     preempted_stack_of,
     prefix_blocks_of,
     prompts_of,
     requests_of,
     slots_of,
 )
+
+ONE = constant(1)
 
 
 @compiled()
@@ -79,16 +88,92 @@ def _group_of(s: Table, last_token_s: float) -> int:
 
 
 @compiled()
+def blocks_due(s: Table) -> int:
+    """Return the KV blocks, over all layers, that the decoding requests take in the iteration of this clock."""
+    n, phases, precisions = counters_of(s), blocks_due_by_phase_of(s), kv_precisions_of(s)
+    due = phases[0, -n.clock % n.block_tokens]
+    if n.formatted_decodes > 0:
+        for precision in range(1, len(precisions)):
+            due += phases[precision, -n.clock % precisions[precision].block_tokens]
+    return int(due)
+
+
+@compiled()
+def _fills_a_limit(s: Table, i: int, tokens: int) -> bool:
+    """Return whether slot i, with this many tokens, has layers that keep more, but not all that are to come."""
+    kept, number, held_set = kv_format_tokens_of(s), slots_of(s)[i].kv_format_id, slots_of(s)[i].kv_set
+    for layer in range(kept.shape[1]):
+        if tokens < kept[number, layer] < NEVER and _has(kv_set_words_of(s), held_set, layer):
+            return True
+    return False
+
+
+@compiled(once=True)
+def _sum_formatted(s: Table, i: int, tokens: int, times: int) -> None:
+    """Add slot i, which keeps only a part of its KV, to the sums over decodes (times 1), or take it out of them (-1).
+
+    In each layer it gains a token in every iteration, or none. While a layer still fills a limit of tokens, it is in no
+    sum, and batches are formed and priced request by request.
+    """
+    n, slot, phases, layer_kv = counters_of(s), slots_of(s)[i], blocks_due_by_phase_of(s), layer_kv_of(s)
+    kept, bits, number = kv_format_tokens_of(s), kv_format_bits_of(s), slot.kv_format_id
+    if times > 0:
+        slot.one_by_one = _fills_a_limit(s, i, tokens)
+    if slot.one_by_one:
+        n.one_by_one += times
+        return
+    since = tokens - n.clock
+    n.formatted_decodes += times
+    n.formatted_tokens += times * since
+    for layer in range(len(layer_kv)):
+        if not _has(kv_set_words_of(s), slot.kv_set, layer):
+            continue
+        row, precision = layer_kv[layer], kv_precisions_of(s)[bits[number, layer]]
+        row.decodes += times
+        if kept[number, layer] <= tokens:
+            row.bytes += times * kept[number, layer] * precision.token_bytes
+        else:
+            row.bytes += times * since * precision.token_bytes
+            row.token_bytes += times * precision.token_bytes
+            phases[bits[number, layer], since % precision.block_tokens] += times
+
+
+@compiled()
+def _sum_decode(s: Table, i: int, times: int) -> None:
+    """Add slot i, whose record is up to date, to the sums over decodes (times 1), or take it out of them (-1)."""
+    n, slot = counters_of(s), slots_of(s)[i]
+    tokens = requests_of(s)[slot.request].computed_tokens
+    if slot.kv_format_id >= 0:
+        _sum_formatted(s, i, tokens, times)
+        return
+    held_set = kv_sets_of(s)[slot.kv_set]
+    # At clock c it has since + c tokens; if that is a multiple of block_tokens, its next token needs new KV blocks.
+    since = tokens - n.clock
+    blocks_due_by_phase_of(s)[0, since % n.block_tokens] += times * held_set.layers
+    held_set.decodes += times
+    held_set.context_tokens += times * since
+
+
+@compiled()
+def empty_sums(s: Table) -> None:
+    """Take all decoding requests out of the sums over decodes."""
+    n, layer_kv = counters_of(s), layer_kv_of(s)
+    blocks_due_by_phase_of(s)[:] = 0
+    for k in range(n.kv_set_count):
+        kv_sets_of(s)[k].decodes = kv_sets_of(s)[k].context_tokens = 0
+    if n.formatted_decodes > 0:
+        for layer in range(len(layer_kv)):
+            layer_kv[layer].decodes = layer_kv[layer].bytes = layer_kv[layer].token_bytes = 0
+    n.formatted_decodes = n.formatted_tokens = n.one_by_one = 0
+
+
+@compiled()
 def _join_decodes(s: Table, i: int) -> None:
     """Add slot i, whose record is up to date, to the group of decodes."""
-    n, slot, phases = counters_of(s), slots_of(s)[i], blocks_due_by_phase_of(s)
-    request, held_set = requests_of(s)[slot.request], kv_sets_of(s)[slot.kv_set]
-    # At clock c it has since + c tokens; if that is a multiple of block_tokens, its next token needs new KV blocks.
-    since = request.computed_tokens - n.clock
+    n, slot = counters_of(s), slots_of(s)[i]
+    request = requests_of(s)[slot.request]
     slot.joined_clock = n.clock
-    phases[since % n.block_tokens] += held_set.layers
-    held_set.decodes += 1
-    held_set.context_tokens += since
+    _sum_decode(s, i, ONE)
     n.decoding += 1
     due_clock = n.clock + request.output_limit_tokens - request.produced_tokens
     due_clocks_of(s)[i] = due_clock
@@ -100,12 +185,8 @@ def _join_decodes(s: Table, i: int) -> None:
 def _leave_decodes(s: Table, i: int) -> None:
     """Undo `_join_decodes` and bring the record up to date."""
     _settle_one(s, i)
-    n, slot, phases = counters_of(s), slots_of(s)[i], blocks_due_by_phase_of(s)
-    request, held_set = requests_of(s)[slot.request], kv_sets_of(s)[slot.kv_set]
-    since = request.computed_tokens - n.clock
-    phases[since % n.block_tokens] -= held_set.layers
-    held_set.decodes -= 1
-    held_set.context_tokens -= since
+    n, request = counters_of(s), requests_of(s)[slots_of(s)[i].request]
+    _sum_decode(s, i, -ONE)
     n.decoding -= 1
     due_clocks_of(s)[i] = NEVER
     last_token_groups_of(s)[_group_of(s, request.last_token_s)].requests -= 1
@@ -114,12 +195,9 @@ def _leave_decodes(s: Table, i: int) -> None:
 @compiled()
 def _count_decodes(s: Table) -> None:
     """Build the group of decodes again from the records, which are up to date."""
-    n, requests, slots = counters_of(s), requests_of(s), slots_of(s)
-    sets, groups, phases = kv_sets_of(s), last_token_groups_of(s), blocks_due_by_phase_of(s)
+    n, requests, slots, groups = counters_of(s), requests_of(s), slots_of(s), last_token_groups_of(s)
     end = len(slots) - 1
-    phases[:] = 0
-    for k in range(n.kv_set_count):
-        sets[k].decodes = sets[k].context_tokens = 0
+    empty_sums(s)
     n.decoding, n.group_count, n.next_due = 0, 1, NEVER
     groups[0].last_token_s, groups[0].requests = n.now_s, 0
     i = slots[end].next

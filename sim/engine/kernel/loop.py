@@ -47,6 +47,7 @@ from sim.engine.kernel.state import (
     last_token_groups_of,
     latency_data_of,
     latency_layout_of,
+    layer_kv_of,
     layer_loads_of,
     layers_of,
     requests_of,
@@ -74,6 +75,10 @@ def _as_the_layer_before(s: Table, layer: int) -> bool:
     for k in range(n.kv_set_count):
         if _has(words, k, layer - 1) != _has(words, k, layer):
             return False
+    before, here = layer_kv_of(s)[layer - 1], layer_kv_of(s)[layer]
+    if not n.eager:  # all decodes that keep only a part of their KV are in these sums
+        same = before.decodes == here.decodes and before.bytes == here.bytes
+        return bool(same and before.token_bytes == here.token_bytes)
     kept, bits = kv_format_tokens_of(s), kv_format_bits_of(s)
     for number in range(len(kept)):
         if kept[number, layer - 1] != kept[number, layer] or bits[number, layer - 1] != bits[number, layer]:
@@ -99,7 +104,7 @@ def _fill_layer_loads(s: Table) -> int:
         layer_loads_of(s),
     )
     kept_tokens, kept_bits, precisions = kv_format_tokens_of(s), kv_format_bits_of(s), kv_precisions_of(s)
-    full_bytes = n.block_bytes // n.block_tokens  # of the KV of a token at 16 bits
+    full_bytes, layer_kv = n.block_bytes // n.block_tokens, layer_kv_of(s)  # bytes of the KV of a token at 16 bits
     count = 0
     place = 0  # row of the layer before
     for layer in range(len(layers)):
@@ -107,6 +112,7 @@ def _fill_layer_loads(s: Table) -> int:
             loads[place, 0] += 1
             continue
         tokens, contexts, decodes, context, writing = 0, 0, 0, 0, 0
+        stored = 0  # bytes of KV that is cut or quantized
         kv_only = layers[layer].kv_only != 0
         for j in range(n.batch_chunks):
             slot, chunk = slots[batch[j].slot], batch[j].tokens
@@ -127,16 +133,20 @@ def _fill_layer_loads(s: Table) -> int:
             else:
                 number = slot.kv_format_id
                 decodes += 1
-                if number >= 0:  # as many tokens at 16 bits have the bytes that it reads
+                if number < 0:
+                    context += computed
+                else:
                     kept = min(computed, kept_tokens[number, layer])
-                    computed = kept * precisions[kept_bits[number, layer]].token_bytes // full_bytes
-                context += computed
+                    stored += kept * precisions[kept_bits[number, layer]].token_bytes
         if n.decodes_in_batch:
             # A decode at clock c has since + c tokens, and context_tokens sums only since (`_join_decodes`).
             for k in range(n.kv_set_count):
                 if _has(words, k, layer):
                     decodes += sets[k].decodes
                     context += sets[k].context_tokens + sets[k].decodes * n.clock
+            decodes += layer_kv[layer].decodes
+            stored += layer_kv[layer].bytes + layer_kv[layer].token_bytes * n.clock
+        context += stored // full_bytes  # as many tokens at 16 bits have the bytes that the decodes read
         bits, runs = layers[layer].bits_index, layers[layer]
         ffn = (n.batch_ends if kv_only else n.batch_prefill_tokens) * runs.prefill_ffn
         ffn += n.batch_decodes * runs.decode_ffn
@@ -233,6 +243,7 @@ def _start(s: Table, now_s: float) -> None:
         sequences += n.decoding
         for k in range(n.kv_set_count):
             contexts += sets[k].context_tokens + sets[k].decodes * n.clock
+        contexts += n.formatted_tokens + n.formatted_decodes * n.clock
         uniform = uniform and sets[n.decode_set].decodes == n.decoding
     n.batch_prefill_tokens, n.batch_decodes = prefill, decodes
     if n.kv_only > 0:

@@ -14,7 +14,7 @@ import numpy as np
 from sim.compiled import compiled
 from sim.cost.streaming import SHARED_LINK, stream_ready_s
 from sim.engine.kernel.admission import queue_due_s, take_arrivals, wait_ends_s
-from sim.engine.kernel.decodes import _preempt, settle
+from sim.engine.kernel.decodes import ONE, _preempt, _sum_decode, empty_sums, settle
 from sim.engine.kernel.kv import _blocks, _release, blocks_of, forget_host_kv, forget_kept_kv, resize_pool
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _forget_prefix_blocks
@@ -32,7 +32,6 @@ from sim.engine.kernel.state import (
     Ints,
     _has,
     block_counts_of,
-    blocks_due_by_phase_of,
     budget_of,
     candidate_sets_of,
     copies_of,
@@ -272,13 +271,12 @@ def _replace_sets(s: Table, count: int, decode: Ints) -> None:
 @compiled(once=True)
 def _change_sets(s: Table, count: int, decode: Ints) -> None:
     """Move every request to its candidate set and free the KV that it loses; records are up to date (`settle`)."""
-    n, requests, slots, sets, remap, phases, blocks = (
+    n, requests, slots, sets, remap, blocks = (
         counters_of(s),
         requests_of(s),
         slots_of(s),
         kv_sets_of(s),
         set_remap_of(s),
-        blocks_due_by_phase_of(s),
         prefix_blocks_of(s),
     )
     end, formatted = len(slots) - 1, n.formatted > 0
@@ -291,7 +289,7 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         i = slots[i].next
     _replace_sets(s, count, decode)
     # The sums over decodes are per KV set, so they are built again.
-    phases[:] = 0
+    empty_sums(s)
     i = slots[end].next
     while i != end:
         before, tokens = slots[i].kv_set, requests[slots[i].request].computed_tokens
@@ -299,10 +297,7 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         after = remap[before].decode if decodes else remap[before].prefill
         slots[i].kv_set = after
         if decodes:
-            since = tokens - n.clock
-            phases[since % n.block_tokens] += sets[after].layers
-            sets[after].decodes += 1
-            sets[after].context_tokens += since
+            _sum_decode(s, i, ONE)
         if formatted:
             freed -= blocks_of(s, i, tokens)
         elif sets[after].layers != remap[before].layers_before:

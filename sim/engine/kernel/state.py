@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
     slots: int  # requests that may run at once
     layers: int  # layers of the model
     words: int  # W: int64 words of a set of layers
-    block_tokens: int  # tokens of a KV block
+    most_block_tokens: int  # tokens of a KV block at the fewest bits
     kv_sets: int  # KV sets that can exist at once
     free_runs: int  # runs of free KV blocks that can exist at once
     precisions: int  # number of precisions, of weights and of KV
@@ -155,6 +155,9 @@ COUNTERS = np.dtype(
         ("running", INT64),  # requests with a slot
         ("decoding", INT64),  # running requests that gain a token in every decoding iteration
         ("formatted", INT64),  # running requests that keep only a part of their KV (kv_keep, kv_bits)
+        ("formatted_decodes", INT64),  # those of them that decode and are in the sums of layer_kv
+        ("formatted_tokens", INT64),  # sum of their tokens, less the clock for each
+        ("one_by_one", INT64),  # those of them that decode and are in no sum
         ("clock", INT64),  # decoding iterations so far
         ("next_due", INT64),  # first clock at which a decoding request has its last token
         ("group_count", INT64),  # rows of last_token_groups
@@ -260,6 +263,7 @@ SLOT = np.dtype(
         ("kv_set", INT64),  # row of kv_sets
         ("joined_clock", INT64),  # clock as of which the record of its decoding request is up to date
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
+        ("one_by_one", INT64),  # whether it decodes and is in no sum, because a layer still fills its limit of tokens
         ("shared_blocks", INT64),  # KV blocks of one layer in the prefix blocks that it holds
         ("fill_tokens", INT64),  # tokens at the end of the next prefix block that it fills; FILLED, or NEVER for none
     ],
@@ -278,8 +282,11 @@ batch_of = REPLICA.array("batch", CHUNK, rows=lambda z: z.slots + 1, saved=True)
 GROUP = np.dtype([("last_token_s", FLOAT64), ("requests", INT64)], align=True)
 last_token_groups_of = REPLICA.array("last_token_groups", GROUP, rows=lambda z: z.slots + 2, saved=True)
 
-# KV blocks, over all layers, that decoding requests take in the iteration of clock c: entry -c modulo block_tokens.
-blocks_due_by_phase_of = REPLICA.array("blocks_due_by_phase", rows=lambda z: z.block_tokens, saved=True)
+# KV blocks, over all layers, that decoding requests take in the iteration of clock c: a row for each precision, in it
+# entry -c modulo the tokens of its KV block.
+blocks_due_by_phase_of = REPLICA.array(
+    "blocks_due_by_phase", rows=lambda z: z.precisions, columns=lambda z: z.most_block_tokens, saved=True
+)
 
 # -- KV blocks and the prefix cache ------------------------------------------------------------------------------------
 
@@ -390,6 +397,10 @@ resident_bytes_log_of = REPLICA.array("resident_bytes_log", RESIDENT_BYTES, rows
 block_counts_of = REPLICA.array("block_counts", rows=lambda z: z.precisions, columns=4, saved=True)
 LAYER = np.dtype([("bits_index", INT64), ("prefill_ffn", INT64), ("decode_ffn", INT64), ("kv_only", INT64)], align=True)
 layers_of = REPLICA.array("layers", LAYER, rows=lambda z: z.layers, saved=True)
+# What a layer holds of the decoding requests that keep only a part of their KV: how many requests, their bytes less the
+# clock times token_bytes, and token_bytes, the bytes of one more token of each.
+LAYER_KV = np.dtype([("decodes", INT64), ("bytes", INT64), ("token_bytes", INT64)], align=True)
+layer_kv_of = REPLICA.array("layer_kv", LAYER_KV, rows=lambda z: z.layers, saved=True)
 # Work space: what equal layers see of a batch, as ``sim.cost.latency_tables.layered_iteration_seconds`` reads it.
 layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=8)
 KV_PRECISION = np.dtype([("block_tokens", INT64), ("token_bytes", INT64)], align=True)

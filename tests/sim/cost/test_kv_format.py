@@ -32,8 +32,8 @@ def test_layers_store_what_their_tokens_and_bits_say() -> None:
     formats = kv_formats(LLAMA, plan, 16)
     assert formats is not None
     assert [one.blocks(1000) for one in formats[:4]] == [33, 2, 4, 63]
-    assert [one.read_tokens(1000) for one in formats[:4]] == [1000 * 132 // 256, 64 * 68 // 256, 64, 1000]
     full = LLAMA.kv_bytes_per_token_layer
+    assert [one.read_bytes(1000) for one in formats[:4]] == [1000 * 64 * 132, 64 * 64 * 68, 64 * full, 1000 * full]
     assert stored_kv_bytes(LLAMA, plan, 1000) == 1000 * 64 * 132 + 64 * 64 * 68 + 64 * full + 29 * 1000 * full
     without = replace(plan, decode=drop(LLAMA, mha=[0]))
     assert stored_kv_bytes(LLAMA, plan, 1000) - stored_kv_bytes(LLAMA, without, 1000) == 1000 * 64 * 132
