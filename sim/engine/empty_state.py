@@ -81,6 +81,6 @@ def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: b
     n.prefix_block_tokens = config.hash_block_tokens
     n.prefix_block_kv_blocks = config.hash_block_tokens // config.kv_block_tokens
     n.residency = n.decided_target = n.copy = n.open_change = -1
-    n.next_due, n.group_count = kernel.NEVER, 1
+    n.next_due, n.next_limit, n.group_count = kernel.NEVER, kernel.NEVER, 1
     n.next_arrival_s = n.next_decision_s = n.copy_end_s = math.inf
     n.start_s = n.end_s = n.over_since_s = math.nan

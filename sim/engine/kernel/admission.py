@@ -2,9 +2,8 @@
 
 A batch is formed at the start of its iteration, and its KV blocks are taken then. Its prefills and single decodes are
 the first ``batch_chunks`` rows of ``batch`` (slot, tokens); ``decodes_in_batch`` adds all decoding requests at once.
-`_form` treats the decoding requests as one group. If that is impossible (cut KV that still grows up to its limit,
-more decodes than the token budget, several unfinished prompts), `_form_eagerly` goes through the running requests one
-by one.
+`_form` treats the decoding requests as one group. If that is impossible (more decodes than the token budget, several
+unfinished prompts), `_form_eagerly` goes through the running requests one by one.
 """
 
 from __future__ import annotations
@@ -415,8 +414,6 @@ def _form_running(s: Table, now_s: float) -> int:
 def _needs_eager(s: Table) -> bool:
     """Return whether the next batch has to be formed request by request."""
     n, slots = counters_of(s), slots_of(s)
-    if n.one_by_one > 0:  # decodes that take a block in some layers now and in others never again
-        return True
     if n.decoding > _running_budget(s):
         return True
     prompts = n.running - n.decoding

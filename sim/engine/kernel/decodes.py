@@ -5,7 +5,8 @@ up to date instead of single requests: sums over the decodes, which price an ite
 for those that keep only a part of their KV); a histogram of their contexts modulo the KV block, which gives the blocks
 that an iteration takes (``blocks_due_by_phase``); and ``next_due``, the next clock at which a request has its last
 token. So an iteration costs O(1), plus O(1) for each chunk, admission and preemption; a finish costs one pass over the
-slots. A request that keeps only a part of its KV costs one pass over the layers when it joins or leaves.
+slots. A request that keeps only a part of its KV costs one pass over the layers when it joins, leaves, or has as many
+tokens as a layer keeps.
 """
 
 from __future__ import annotations
@@ -99,29 +100,29 @@ def blocks_due(s: Table) -> int:
 
 
 @compiled()
-def _fills_a_limit(s: Table, i: int, tokens: int) -> bool:
-    """Return whether slot i, with this many tokens, has layers that keep more, but not all that are to come."""
+def _limit_clock(s: Table, i: int, tokens: int) -> int:
+    """Return the clock at which slot i, with this many tokens now, reaches the next limit of its layers; or NEVER."""
     kept, number, held_set = kv_format_tokens_of(s), slots_of(s)[i].kv_format_id, slots_of(s)[i].kv_set
+    limit = NEVER
     for layer in range(kept.shape[1]):
-        if tokens < kept[number, layer] < NEVER and _has(kv_set_words_of(s), held_set, layer):
-            return True
-    return False
+        if tokens < kept[number, layer] < limit and _has(kv_set_words_of(s), held_set, layer):
+            limit = kept[number, layer]
+    return int(limit - tokens + counters_of(s).clock) if limit < NEVER else int(NEVER)
 
 
 @compiled(once=True)
-def _sum_formatted(s: Table, i: int, tokens: int, times: int) -> None:
+def _sum_formatted(s: Table, i: int, times: int) -> None:
     """Add slot i, which keeps only a part of its KV, to the sums over decodes (times 1), or take it out of them (-1).
 
-    In each layer it gains a token in every iteration, or none. While a layer still fills a limit of tokens, it is in no
-    sum, and batches are formed and priced request by request.
+    A layer gains a token in every iteration, or none once it has as many as it keeps. `reach_limits` moves it from one
+    to the other.
     """
     n, slot, phases, layer_kv = counters_of(s), slots_of(s)[i], blocks_due_by_phase_of(s), layer_kv_of(s)
     kept, bits, number = kv_format_tokens_of(s), kv_format_bits_of(s), slot.kv_format_id
+    tokens = requests_of(s)[slot.request].computed_tokens
     if times > 0:
-        slot.one_by_one = _fills_a_limit(s, i, tokens)
-    if slot.one_by_one:
-        n.one_by_one += times
-        return
+        slot.summed_tokens, slot.limit_clock = tokens, _limit_clock(s, i, tokens)
+        n.next_limit = min(n.next_limit, slot.limit_clock)
     since = tokens - n.clock
     n.formatted_decodes += times
     n.formatted_tokens += times * since
@@ -130,7 +131,7 @@ def _sum_formatted(s: Table, i: int, tokens: int, times: int) -> None:
             continue
         row, precision = layer_kv[layer], kv_precisions_of(s)[bits[number, layer]]
         row.decodes += times
-        if kept[number, layer] <= tokens:
+        if kept[number, layer] <= slot.summed_tokens:
             row.bytes += times * kept[number, layer] * precision.token_bytes
         else:
             row.bytes += times * since * precision.token_bytes
@@ -138,17 +139,32 @@ def _sum_formatted(s: Table, i: int, tokens: int, times: int) -> None:
             phases[bits[number, layer], since % precision.block_tokens] += times
 
 
+@compiled(once=True)
+def reach_limits(s: Table) -> None:
+    """Let the layers that have as many tokens as they keep gain no more; due when the clock is at ``next_limit``."""
+    n, slots = counters_of(s), slots_of(s)
+    end, n.next_limit = len(slots) - 1, NEVER
+    i = slots[end].next
+    while i != end:
+        if due_clocks_of(s)[i] != NEVER and slots[i].kv_format_id >= 0:
+            if slots[i].limit_clock <= n.clock:
+                _settle_one(s, i)
+                _sum_formatted(s, i, -ONE)
+                _sum_formatted(s, i, ONE)
+            n.next_limit = min(n.next_limit, slots[i].limit_clock)
+        i = slots[i].next
+
+
 @compiled()
 def _sum_decode(s: Table, i: int, times: int) -> None:
     """Add slot i, whose record is up to date, to the sums over decodes (times 1), or take it out of them (-1)."""
     n, slot = counters_of(s), slots_of(s)[i]
-    tokens = requests_of(s)[slot.request].computed_tokens
     if slot.kv_format_id >= 0:
-        _sum_formatted(s, i, tokens, times)
+        _sum_formatted(s, i, times)
         return
     held_set = kv_sets_of(s)[slot.kv_set]
     # At clock c it has since + c tokens; if that is a multiple of block_tokens, its next token needs new KV blocks.
-    since = tokens - n.clock
+    since = requests_of(s)[slot.request].computed_tokens - n.clock
     blocks_due_by_phase_of(s)[0, since % n.block_tokens] += times * held_set.layers
     held_set.decodes += times
     held_set.context_tokens += times * since
@@ -164,7 +180,8 @@ def empty_sums(s: Table) -> None:
     if n.formatted_decodes > 0:
         for layer in range(len(layer_kv)):
             layer_kv[layer].decodes = layer_kv[layer].bytes = layer_kv[layer].token_bytes = 0
-    n.formatted_decodes = n.formatted_tokens = n.one_by_one = 0
+    n.formatted_decodes = n.formatted_tokens = 0
+    n.next_limit = NEVER
 
 
 @compiled()

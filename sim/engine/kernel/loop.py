@@ -18,7 +18,7 @@ from sim.cost.latency_tables import (
 )
 from sim.cost.streaming import SHARED_LINK, slowed_s, streamed_end_s
 from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
-from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot
+from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot, reach_limits
 from sim.engine.kernel.kv import _release, blocks_of
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.plans import _change_if_due, change_due_s
@@ -415,6 +415,8 @@ def _end(s: Table) -> None:
         groups[0].last_token_s, groups[0].requests, n.group_count = now_s, decodes, 1
         if n.clock >= n.next_due:
             _finish_due(s, now_s)
+        if n.clock >= n.next_limit:
+            reach_limits(s)
     for j in range(n.batch_chunks):
         _end_chunk(s, batch[j].slot, batch[j].tokens, now_s)
     if n.eager:

@@ -155,9 +155,9 @@ COUNTERS = np.dtype(
         ("running", INT64),  # requests with a slot
         ("decoding", INT64),  # running requests that gain a token in every decoding iteration
         ("formatted", INT64),  # running requests that keep only a part of their KV (kv_keep, kv_bits)
-        ("formatted_decodes", INT64),  # those of them that decode and are in the sums of layer_kv
+        ("formatted_decodes", INT64),  # those of them that decode
         ("formatted_tokens", INT64),  # sum of their tokens, less the clock for each
-        ("one_by_one", INT64),  # those of them that decode and are in no sum
+        ("next_limit", INT64),  # first clock at which a layer of one of them keeps no more tokens
         ("clock", INT64),  # decoding iterations so far
         ("next_due", INT64),  # first clock at which a decoding request has its last token
         ("group_count", INT64),  # rows of last_token_groups
@@ -263,7 +263,8 @@ SLOT = np.dtype(
         ("kv_set", INT64),  # row of kv_sets
         ("joined_clock", INT64),  # clock as of which the record of its decoding request is up to date
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
-        ("one_by_one", INT64),  # whether it decodes and is in no sum, because a layer still fills its limit of tokens
+        ("summed_tokens", INT64),  # decoding, with a KV format: its tokens when it was added to the sums over decodes
+        ("limit_clock", INT64),  # clock at which another of its layers keeps no more tokens; NEVER if none will
         ("shared_blocks", INT64),  # KV blocks of one layer in the prefix blocks that it holds
         ("fill_tokens", INT64),  # tokens at the end of the next prefix block that it fills; FILLED, or NEVER for none
     ],
