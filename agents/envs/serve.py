@@ -173,7 +173,7 @@ class ServeSetting:
         self._costs: dict[float, Callable[[Plan], float]] = {1.0: self.nll}
         self._graphs: dict[float, PlanGraph] = {}
         self._low_loss = low_precision_loss(self.model, self.actions, self.nll)
-        if self.actions.more:
+        if self.actions.extra_entries:
             _check_known(self.actions, self.nll, quality)
         self.server = ServerSpec(
             model=self.model,
@@ -336,8 +336,8 @@ def _check_known(actions: ServeActions, nll: Callable[[Plan], float], quality: s
             raise ConfigError(f"actions: {name}: {error}") from error
         if not known:
             raise ConfigError(
-                f"actions: quality={quality} does not know what the plan {name} loses; take kv_bits out of actions, or "
-                "a table that has them, such as llama2_7b_transferred"
+                f"actions: quality={quality} does not know what the plan {name} loses; take kv_bits, compute_bits "
+                "and kv_only out of actions, or a table that has them, such as llama2_7b_transferred"
             )
 
 

@@ -2,9 +2,10 @@
 
 ``ServeObserver`` turns the history of ``EngineState`` into numbers; they contain no output length, and nothing of the
 future except announced changes of the budget. ``serve_actions`` lists plans: a number of dropped blocks of an order, a
-number of layers at low precision, and admission limits in requests and in seconds; if asked for, also streamed layers
-and KV at fewer bits. An action is a pair: the weights (and which of them are streamed), and what can change at any time
-without a copy: the admission limit and the bits of KV. ``groups`` numbers the weights.
+number of layers at low precision, and admission limits in requests and in seconds; if asked for, also streamed layers,
+KV at fewer bits, products at fewer bits, and layers in which prompts only write KV. An action is a pair: the weights
+(and which of them are streamed), and what can change at any time without a copy: all else. ``groups`` numbers the
+weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import Plan, check_plan, dense_plan, drop, with_mask
+from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, drop, nested_bits, with_mask
 from sim.cost.streaming import nested_layers
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
@@ -28,6 +29,7 @@ from sim.limits import is_whole
 from sim.policies.greedy_stop import block_of
 from sim.policies.observation.prune import Entry, ObservationSpec
 from sim.policies.orders import check_made_for
+from sim.policies.pop import layer_order
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
@@ -46,7 +48,8 @@ class ServeActions:
     """The plans to choose from.
 
     levels: for each plan, its position in the lists of drops, low layers and admission limits, in [0, 1].
-    extras: for each plan, its position in the list of streamed layers, in [0, 1], and the bits of its KV over 16.
+    extra_entries: what is observed in addition, where plans differ in what the levels do not say.
+    extras: for each plan, the values of these entries.
     groups: plans with the same number have the same weights. low: whether a plan has layers at low precision.
     low_bits: whether the server has low-precision copies of the weights; plans that need them are illegal otherwise.
     starts: the plan before the first decision: with low-precision copies, and without.
@@ -58,7 +61,8 @@ class ServeActions:
     plans: tuple[Plan, ...]
     weights_bytes: tuple[int, ...]
     levels: tuple[tuple[float, float, float], ...]
-    extras: tuple[tuple[float, float], ...]
+    extra_entries: tuple[Entry, ...]
+    extras: tuple[tuple[float, ...], ...]
     groups: tuple[int, ...]
     low: tuple[bool, ...]
     dwell_s: float
@@ -76,18 +80,13 @@ class ServeActions:
         return self.starts[0 if self.low_bits else 1]
 
     @property
-    def more(self) -> bool:
-        """Whether plans differ in streamed layers or bits of KV, which are observed then."""
-        return len(set(self.extras)) > 1
-
-    @property
     def heads(self) -> tuple[int, int]:
         """The numbers of weights and of limits: an action is a pair, numbered limit fastest."""
         return self.groups[-1] + 1, self.limits
 
     @property
     def limits(self) -> int:
-        """The number of pairs of bits of KV and admission limit; action = weights x limits + limit."""
+        """The number of choices that need no copy; action = weights x limits + limit."""
         return len(self.plans) // (self.groups[-1] + 1)
 
     def legal(self, state: EngineState, choice: Choice) -> Bools:
@@ -131,12 +130,14 @@ def serve_actions(
     waits: Sequence[float | None] = (None,),
     runs: Sequence[int | None] = (None,),
     kv_bits: Sequence[int] = (16,),
+    compute_bits: Sequence[int] = (16,),
+    kv_only: Sequence[int] = (0,),
     streamed: Sequence[int] = (0,),
     start_drops: int | None = None,
     dwell_s: float = 0.0,
     workspace_bytes: int = 0,
 ) -> ServeActions:
-    """Return the plans of all combinations of drops, low layers, streamed layers, bits of KV and admission limits.
+    """Return the plans of all combinations of the lists.
 
     Args:
         order: blocks in the order of dropping. drops: how many of its first blocks to drop.
@@ -146,6 +147,9 @@ def serve_actions(
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         runs: how many requests may run at once, which bounds the time per token; None for the engine's own limit.
         kv_bits: at how many bits requests keep their KV from now on: 16, 8 or 4 in all layers.
+        compute_bits: at how many bits products run, as near as the resident weights allow: 8 reads the first half of
+            weights of 16 bits (``sim.cost.plan.nested_bits``); 16 uses all that is resident.
+        kv_only: in how many layers prompts only write KV (POP): the first of ``sim.policies.pop.layer_order``.
         streamed: how many layers are streamed from the host (``sim.cost.streaming.nested_layers``): 0, or 3 or more.
         start_drops: None starts with the first plan. A number starts with the most layers at low precision and nothing
             dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
@@ -159,25 +163,34 @@ def serve_actions(
     check_made_for(model, made_for, "actions")
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
-    empty = not (drops and low_layers and admits and waits and runs and kv_bits and streamed)
+    empty = not all((drops, low_layers, admits, waits, runs, kv_bits, compute_bits, kv_only, streamed))
     if empty or max(drops) > len(order) or min(drops) < 0:
         raise ConfigError(
             f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
-            f"{list(admits)}, waits {list(waits)}, runs {list(runs)}, kv_bits {list(kv_bits)}, streamed "
-            f"{list(streamed)}; each list needs an entry, and drops must lie between 0 and the length of the order"
+            f"{list(admits)}, waits {list(waits)}, runs {list(runs)}, kv_bits {list(kv_bits)}, compute_bits "
+            f"{list(compute_bits)}, kv_only {list(kv_only)}, streamed {list(streamed)}; each list needs an entry, and "
+            "drops must lie between 0 and the length of the order"
         )
-    if any(not is_whole(count) or not 0 <= count <= model.num_layers for count in streamed):
-        raise ConfigError(
-            f"actions.streamed is {list(streamed)}; the numbers must lie between 0 and {model.num_layers}, the layers "
-            f"of {model.name}"
-        )
+    for name, counts in (("streamed", streamed), ("kv_only", kv_only)):
+        if any(not is_whole(count) or not 0 <= count <= model.num_layers for count in counts):
+            raise ConfigError(
+                f"actions.{name} is {list(counts)}; the numbers must lie between 0 and {model.num_layers}, the layers "
+                f"of {model.name}"
+            )
+    if any(bits not in WEIGHT_BITS for bits in compute_bits):
+        raise ConfigError(f"actions.compute_bits is {list(compute_bits)}; allowed are 16, 8 and 4")
     limits = tuple(product(admits, waits, runs))
+    free = tuple(product(kv_bits, compute_bits, kv_only, enumerate(limits)))
+    prompts_least_need = layer_order(model, None)
     dense = dense_plan(model)
     blocks = [block_of(name) for name in order]
     names, plans, levels, extras = [], [], [], []
     far_apart = nested_layers(model.num_layers)
-    combinations = product(enumerate(drops), enumerate(low_layers), enumerate(streamed), kv_bits, enumerate(limits))
-    for (i, gone), (j, low), (s, crossing), kept, (k, limit) in combinations:
+    # Streamed layers and bits of KV are observed together, as tables with either of them always were.
+    memory = len(streamed) > 1 or len(kv_bits) > 1
+    observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1
+    combinations = product(enumerate(drops), enumerate(low_layers), enumerate(streamed), free)
+    for (i, gone), (j, low), (s, crossing), (kept, compute, writing, (k, limit)) in combinations:
         mask = drop(
             model,
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
@@ -191,6 +204,8 @@ def serve_actions(
             with_mask(dense, mask),
             weight_bits=bits,
             kv_bits=(kept,) * model.num_layers,
+            compute_bits=tuple(nested_bits(each, compute) for each in bits),
+            kv_only=tuple(layer in prompts_least_need[:writing] for layer in range(model.num_layers)),
             streamed=tuple(layer in far_apart[:crossing] for layer in range(model.num_layers)),
             max_waiting=max_waiting,
             max_wait_s=max_wait_s,
@@ -200,17 +215,21 @@ def serve_actions(
         names.append(
             f"drop {gone}, W{low_bits} {low}, {_limit_name(*limit)}"
             + (f", KV{kept}" if len(kv_bits) > 1 else "")
+            + (f", products at {compute}" if len(compute_bits) > 1 else "")
+            + (f", KV only {writing}" if len(kv_only) > 1 else "")
             + (f", streamed {crossing}" if len(streamed) > 1 else "")
         )
         plans.append(plan)
-        extras.append((s / max(1, len(streamed) - 1), kept / 16))
+        moves = s / max(1, len(streamed) - 1), kept / 16
+        shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1)
+        extras.append(tuple(value for value, differs in zip((*moves, *shown), observed, strict=True) if differs))
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
         levels.append((one, two, three))
     if start_drops is not None and start_drops < 0:
         raise ConfigError(f"actions.start_drops is {start_drops}; it must be a number of blocks from 0 on, or null")
     enough = min((gone for gone in drops if gone >= (start_drops or 0)), default=max(drops))
-    each = len(kv_bits) * len(limits)
+    each = len(free)
     dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * len(streamed) * each
     lowest = 0 if start_drops is None else list(low_layers).index(max(low_layers)) * len(streamed) * each
     return ServeActions(
@@ -218,6 +237,7 @@ def serve_actions(
         plans=tuple(plans),
         weights_bytes=tuple(weight_bytes(model, plan) for plan in plans),
         levels=tuple(levels),
+        extra_entries=tuple(entry for entry, differs in zip(EXTRA_ENTRIES, observed, strict=True) if differs),
         extras=tuple(extras),
         groups=tuple(number // each for number in range(len(plans))),
         low=tuple(min(plan.weight_bits) < model.weight_bits for plan in plans),
@@ -281,13 +301,15 @@ SERVE_ENTRIES = (
 EXTRA_ENTRIES = (
     Entry("level_streamed", "share", 0.0, 1.0, "how far along the numbers of streamed layers the present choice is"),
     Entry("kv_bits", "bits / 16", 0.0, 1.0, "at which requests keep their KV from now on"),
+    Entry("compute_bits", "bits / 16", 0.0, 1.0, "the most bits at which products run"),
+    Entry("level_kv_only", "share", 0.0, 1.0, "how far along the numbers of layers in which prompts only write KV"),
 )
 """Observed in addition where plans differ in them."""
 
 
 def serve_table(actions: ServeActions) -> ObservationSpec:
     """Return the table of ``ServeTrace``."""
-    return ObservationSpec(SERVE_ENTRIES + (EXTRA_ENTRIES if actions.more else ()), actions.names)
+    return ObservationSpec(SERVE_ENTRIES + actions.extra_entries, actions.names)
 
 
 def replica_table(actions: ServeActions) -> ObservationSpec:
@@ -389,7 +411,7 @@ class ServeObserver:
             min(self.terms.low_loss / 0.4, 1.0) if self.actions.low_bits else 0.0,
             log_scaled(sixty[4] / sixty[10], 12.0) if sixty[10] > 1e-6 else 0.0,
             *limit_entries(self.actions.plans[choice.action]),
-            *(self.actions.extras[choice.action] if self.actions.more else ()),
+            *self.actions.extras[choice.action],
         )
         return np.array(values, dtype=np.float32)
 
@@ -453,7 +475,7 @@ class ServeObservers:
         self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
         self._levels = np.array(self.actions.levels)
         self._limits = np.array([limit_entries(plan) for plan in self.actions.plans])
-        self._extras = np.array(self.actions.extras)
+        self._extras = np.array(self.actions.extras).reshape(len(self.actions.plans), -1)
         self._weights = np.array(self.actions.weights_bytes, dtype=np.float64)
         self._groups, self._needs_low = np.array(self.actions.groups), np.array(self.actions.low)
         self._low_bits, self._low_loss = np.full(n, self.actions.low_bits), np.zeros(n)
@@ -531,7 +553,7 @@ class ServeObservers:
         found[31] = np.log2(1.0 + each) / 12.0
         found[32:34] = self._limits[self.action].T
         np.clip(found, _LOWEST, _HIGHEST, out=found)
-        if self.actions.more:
+        if self.actions.extra_entries:
             found = np.concatenate([found, self._extras[self.action].T])
         return found.T.astype(np.float32)
 

@@ -223,8 +223,8 @@ MORE = serve_actions(
 def test_a_table_may_have_streamed_layers_and_bits_of_kv() -> None:
     assert len(MORE.plans) == len(set(MORE.plans)) == len(set(MORE.names)) == 2 * 2 * 3 * 2 * 2
     assert MORE.heads == (12, 4)
-    assert MORE.more
-    assert not ACTIONS.more
+    assert [entry.name for entry in MORE.extra_entries] == ["level_streamed", "kv_bits"]
+    assert ACTIONS.extra_entries == ()
     for number, plan in enumerate(MORE.plans):
         weights, limit = divmod(number, 4)
         assert sum(plan.streamed) == (0, 4, 8)[weights % 3]
@@ -241,8 +241,27 @@ def test_a_table_may_have_streamed_layers_and_bits_of_kv() -> None:
     for wrong in ((2,), (33,), (-1,)):
         with pytest.raises(RapLabError, match="streamed"):
             serve_actions(MODEL, streamed=wrong)
-    with pytest.raises(ConfigError, match=r"kv_bits \[\], streamed \[0\]; each list needs an entry"):
+    with pytest.raises(ConfigError, match=r"kv_bits \[\], .*streamed \[0\]; each list needs an entry"):
         serve_actions(MODEL, kv_bits=())
+
+
+def test_a_table_may_have_products_at_fewer_bits_and_prompts_that_only_write_kv() -> None:
+    made = serve_actions(MODEL, low_layers=(0, 16, 32), waits=(0.5, 0.9), compute_bits=(16, 8), kv_only=(0, 4, 8))
+    assert made.heads == (3, 2 * 3 * 2)
+    assert [entry.name for entry in made.extra_entries] == ["compute_bits", "level_kv_only"]
+    assert serve_table(made).entries == (*SERVE_ENTRIES, *made.extra_entries)
+    for number, plan in enumerate(made.plans):
+        compute, writing = (16, 8)[number // 6 % 2], (0, 4, 8)[number // 2 % 3]
+        low = (0, 16, 32)[number // 12]
+        assert plan.product_bits == (4,) * low + (compute,) * (32 - low)
+        # The deepest layers: what prompts need of this model was not measured.
+        assert plan.kv_only == (False,) * (32 - writing) + (True,) * writing
+        assert made.extras[number] == (compute / 16, (0.0, 0.5, 1.0)[number // 2 % 3])
+    assert made.names[-1] == "drop 0, W4 32, queue any, wait 0.9 s, products at 8, KV only 8"
+    with pytest.raises(ConfigError, match=r"actions.compute_bits is \[12\]; allowed are 16, 8 and 4"):
+        serve_actions(MODEL, compute_bits=(12,))
+    with pytest.raises(ConfigError, match=r"actions.kv_only is \[33\]"):
+        serve_actions(MODEL, kv_only=(33,))
 
 
 def test_streamed_layers_and_bits_of_kv_are_observed_last_where_plans_differ_in_them() -> None:
