@@ -21,7 +21,15 @@ from sim.results.report import Columns
 
 FOLDER = RESULTS / "clusters"
 TEMPLATE = Path(__file__).parent / "templates" / "clusters.md.j2"
-KEEP = (*COUNTS, "moves", "plan", "reduction_at_mean_prompt", "quality_outside_share")
+KEEP = (
+    *COUNTS,
+    "moves",
+    "moved_with_kv",
+    "migrated_bytes",
+    "plan",
+    "reduction_at_mean_prompt",
+    "quality_outside_share",
+)
 
 
 def _experiment(program: str, name: str, columns: Columns) -> Comparison:
