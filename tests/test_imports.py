@@ -254,6 +254,7 @@ COMPILED_MODULES = {
     "sim.engine.kernel.plans",
     "sim.engine.kernel.loop",
     "sim.cluster.kernel",
+    "sim.cluster.migration",
     "sim.cost.latency_tables",
     "sim.cost.streaming",
     "sim.engine.batch_step",

@@ -33,7 +33,17 @@ RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 CELL_SEEDS = 100_000_000
 """Between the seeds of two cells; those of a cell's replicas are 1,000 apart."""
 REQUESTS = ("share", "own")
-SUMMED = (*COUNTS, "moved", "moves", "never_routed", "budget_violation_s", "replica_hours", "cpu_s")
+SUMMED = (
+    *COUNTS,
+    "moved",
+    "moves",
+    "moved_with_kv",
+    "migrated_bytes",
+    "never_routed",
+    "budget_violation_s",
+    "replica_hours",
+    "cpu_s",
+)
 """Figures of a cluster that add up over cells."""
 TIMES = (*DISTRIBUTIONS, *CLIENT_DISTRIBUTIONS)
 

@@ -19,6 +19,8 @@ What happens to requests:
 4. A replica that comes back starts a process and loads its weights before it accepts: ``start_s`` + bytes / bandwidth.
 5. A turn of a session arrives its think time after the one before it has ended, on whichever replica that was. A turn
    that is rejected because of a change of plan ends the smallest moment after it.
+6. With ``migrate_bytes_per_s``, a replica with notice goes on accepting requests and sends the KV of its running ones
+   to other replicas just in time (sim/cluster/migration.py has the rules). Those go on decoding there.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ import simpy
 from numpy.typing import NDArray
 
 from sim.cluster import kernel as ck
+from sim.cluster import migration
+from sim.cluster.migration import Migration, Target, Transfer
 from sim.cluster.outages import Outage
 from sim.cluster.routers import Candidate, KernelRouter, Router, RoutingRequest
 from sim.cost.plan import Plan
@@ -236,6 +240,7 @@ class Cluster:
         load_bytes_per_s: float = 1e9,
         start_s: float = 0.0,
         autoscaler: Autoscaler | None = None,
+        migrate_bytes_per_s: float | None = None,
     ) -> None:
         """Build a cluster whose replicas (all, or the autoscaler's ``first``) serve from the start.
 
@@ -245,8 +250,10 @@ class Cluster:
             load_bytes_per_s: bandwidth at which a returning replica loads its weights.
             start_s: its additional start time.
             autoscaler: decides how many replicas serve; None runs all.
+            migrate_bytes_per_s: bandwidth at which a replica with notice sends KV; None sends none.
         Raises:
-            ConfigError: for no replicas, a bandwidth that is not above 0, or ``prefix_caching`` without hash ids.
+            ConfigError: for no replicas, a bandwidth that is not above 0, or ``prefix_caching`` without hash ids or
+                with ``migrate_bytes_per_s``.
             BudgetError, PlanError, CalibrationError: as in ``SimEngine``.
         """
         if not replicas:
@@ -256,6 +263,10 @@ class Cluster:
                 f"load_bytes_per_s is {load_bytes_per_s} and start_s {start_s}; the first must be above 0 bytes per "
                 "second, the second at least 0 seconds"
             )
+        migration.check_migration(migrate_bytes_per_s)
+        self._migrate_bytes_per_s = migrate_bytes_per_s
+        self._transfers: list[tuple[int, _Moved, Transfer]] = []  # under way, or waiting for an iteration to end
+        self._migrations: list[Migration] = []
         self._in_sessions = trace.session is not None
         self.env = simpy.Environment()
         self.trace, self.replicas, self._router = trace, tuple(replicas), router
@@ -268,6 +279,7 @@ class Cluster:
         self._events: list[Event] = []
         self._loading: list[ReplicaRun | None] = [None] * k
         self._notified = [False] * k  # whether its next outage has been announced
+        self._sent = [0] * k  # requests that have left a replica with their KV
         self._held: deque[tuple[int, _Moved | None]] = deque()
         self._lives = 0
 
@@ -368,7 +380,7 @@ class Cluster:
         """Whether no request of the trace can make further progress."""
         if self._fields.due_count if self._in_sessions else self._fields.next_request < len(self.trace):
             return False
-        left = len(self._held)
+        left = len(self._held) + len(self._transfers)
         for i, number in enumerate(self._current):
             if number >= 0:
                 left += ck.outstanding(self._tables[i])
@@ -492,7 +504,9 @@ class Cluster:
             if outage.notice_s > 0:
                 yield from self._wait_until(outage.from_s - outage.notice_s)
                 self._notified[i] = True
-                if self._phase[i] is Phase.SERVING:
+                if self._migrate_bytes_per_s is not None:
+                    yield from self._migrate(i, outage.from_s, self._migrate_bytes_per_s)
+                elif self._phase[i] is Phase.SERVING:
                     self._leave(i)
             yield from self._wait_until(outage.from_s)
             self._stop(i, Phase.DOWN)
@@ -505,6 +519,100 @@ class Cluster:
             else:
                 self._note(i, Phase.OFF)
         self._lives -= 1
+
+    def _migrate(self, i: int, until_s: float, bytes_per_s: float) -> Generator[simpy.Event, Any, None]:
+        """Serve at a replica for as long as a notice allows, then send KV away until the notice ends."""
+        begun_s, sends = self.env.now, False
+        step_s = (until_s - begun_s) / migration.CHECKS
+        for look in range(migration.CHECKS):
+            yield from self._wait_until(begun_s + look * step_s)
+            if self._current[i] < 0:
+                continue
+            if not sends:
+                per_token = self._engine(i).model.kv_bytes_per_token_layer
+                sends = migration.is_time(self._tables[i], per_token, bytes_per_s, self.env.now, step_s, until_s)
+                if sends and self._phase[i] is Phase.SERVING:
+                    self._leave(i)
+            if sends:
+                yield from self._send_kv(i, until_s, bytes_per_s)
+
+    def _send_kv(self, i: int, until_s: float, bytes_per_s: float) -> Generator[simpy.Event, Any, None]:
+        """Send the KV of one request after the other, between iterations, until none can be sent now."""
+        number = self._current[i]
+        while self._current[i] == number:
+            if ck.in_iteration(self._tables[i]):
+                if (end_s := float(ck.next_event_s(self._tables[i]))) >= until_s:
+                    return
+                yield from self._wait_until(end_s)
+                continue
+            engine, now_s = self._engine(i), float(self.env.now)
+            per_token = engine.model.kv_bytes_per_token_layer
+            transfer = migration.next_transfer(
+                self._tables[i], self._targets(engine), per_token, bytes_per_s, now_s, until_s
+            )
+            if transfer is None:
+                return
+            blocks = migration.take_out(self._tables[i], self._next_s, i, now_s, transfer.slot)
+            home = (self._homes["engine"] == number) & (self._homes["row"] == transfer.row)
+            request = int(np.flatnonzero(home)[0])
+            self._homes[request] = -1, -1
+            self._moves[request] += 1
+            self._sent[i] += 1
+            moved = _Moved(engine.rows(np.array([transfer.row])), engine.model.total_params)
+            self._transfers.append((request, moved, transfer))
+            yield from self._wait_until(transfer.ends_s)
+            if self._current[i] == number:
+                migration.free_sent(self._tables[i], self._next_s, i, float(self.env.now), blocks)
+            self.env.process(self._receive(i, request, moved, transfer))
+
+    def _targets(self, engine: SimEngine) -> list[Target]:
+        """Return the replicas that could get KV of an engine."""
+        found = []
+        for j in self.accepting():
+            if not self._notified[j] and self._engine(j).model == engine.model:
+                coming = [one for _, _, one in self._transfers if one.target.engine == self._current[j]]
+                blocks = sum(one.blocks for one in coming)
+                limit = self._engine(j).context_limit
+                found.append(Target(j, self._current[j], self._tables[j], limit, len(coming), blocks))
+        return found
+
+    def _receive(self, i: int, request: int, moved: _Moved, transfer: Transfer) -> Generator[simpy.Event, Any, None]:
+        """Let a request whose KV has come from replica ``i`` go on, between iterations; or route it again."""
+        j, number = transfer.target.replica, transfer.target.engine
+        while self._current[j] == number and ck.in_iteration(self._tables[j]):
+            yield from self._wait_until(float(ck.next_event_s(self._tables[j])))
+        self._transfers = [one for one in self._transfers if one[0] != request]
+        reused = False
+        if self._current[j] == number and self._accepts[j]:
+            table, tokens = self._tables[j], int(moved.record["computed_tokens"][0])
+            layers = migration.reusable_layers(table, transfer.words)
+            blocks = migration.blocks_for(table, layers, tokens)
+            fits = tokens + 1 < self._engine(j).context_limit
+            reused = layers >= 0 and fits and migration.free_share(table, blocks, 0, 0) >= 0.0
+        self._migrations.append(
+            Migration(
+                request=request,
+                replica=i,
+                to=j,
+                size_bytes=transfer.size_bytes,
+                begun_s=transfer.begun_s,
+                ended_s=transfer.ends_s,
+                reused=reused,
+            )
+        )
+        if not reused:
+            self._place(request, moved, float(self.env.now))
+            return
+        engine = self._engine(j)
+        if engine.request_room == engine.requests:
+            self._make_room(j)
+        state = self._state
+        limit = min(state.output_tokens[request], engine.context_limit - state.prompt_tokens[request])
+        words = moved.words(engine.model.total_params)
+        row = migration.go_on(self._tables[j], self._next_s, j, float(self.env.now), words, limit)
+        if self._in_sessions:
+            ck.note_turn(self._tables[j], row, request)
+        self._homes[request] = number, row
 
     def _start(self, i: int) -> Generator[simpy.Event, Any, None]:
         """Load a replica's weights, then accept requests; it stays down if the budget cannot hold them."""
@@ -528,6 +636,7 @@ class Cluster:
         i, engine = served.replica, served.engine
         self._loading[i] = None
         if engine.config.prefix_caching:
+            migration.check_no_prefix_cache(self._migrate_bytes_per_s)
             check_hash_blocks(engine.config, self.trace)
             if self._prefix_ids is None:
                 self._prefix_ids = prefix_block_ids(self.trace.hash_ids)
@@ -565,7 +674,8 @@ class Cluster:
             self._current[i] = -1
             self._state.replicas["engine"][i] = -1
             self._next_s[i] = math.inf
-        self._note(i, phase, moved)
+        self._note(i, phase, moved + self._sent[i])
+        self._sent[i] = 0
 
     def _note(self, i: int, phase: Phase, moved: int = 0) -> None:
         self._phase[i] = phase
@@ -663,7 +773,8 @@ class Cluster:
             columns["replica"][mine] = served.replica
         row_of = np.full(len(self.trace), -1, dtype=np.int64)
         row_of[served_order] = np.arange(arrived)
-        for held, moved in self._held:
+        sent = [(request, moved) for request, moved, _ in self._transfers]
+        for held, moved in (*self._held, *sent):
             if moved is not None:
                 request = int(row_of[held])
                 columns["produced_tokens"][request] = moved.produced_tokens
@@ -684,6 +795,10 @@ class Cluster:
     def engines(self) -> tuple[ReplicaRun, ...]:
         """Return the run of every engine that has served, in order of their starts."""
         return tuple(self._engines)
+
+    def migrations(self) -> tuple[Migration, ...]:
+        """Return the transfers of KV between replicas that have ended, in the order in which they were received."""
+        return tuple(self._migrations)
 
     def events(self) -> tuple[Event, ...]:
         """Return the phase changes of all replicas, in order of time."""

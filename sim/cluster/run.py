@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,12 @@ CLUSTER_COLUMNS: Columns = {
     "makespan (s)": ("makespan_s", 1.0, 0, ""),
 }
 """As ``sim.results.report.SUMMARY_COLUMNS``. moved: requests that another replica had before."""
+MIGRATION_COLUMNS: Columns = {
+    **CLUSTER_COLUMNS,
+    "moved with KV": ("moved_with_kv", 1.0, 0, ""),
+    "KV moved (GB)": ("migrated_bytes", 1e-9, 1, ""),
+}
+"""Of clusters of which one has ``migrate_bytes_per_s``. moved with KV: moves after which no KV was computed again."""
 CACHE_COLUMNS: Columns = {"cached prompt tokens": ("cached_share", 100.0, 1, " %"), **CLUSTER_COLUMNS}
 """Of clusters of which one has a prefix cache. cached prompt tokens: share of the prompts' tokens."""
 
@@ -85,6 +91,8 @@ class ClusterConfig(VariantsConfig):
     router: chooses the replica of a request. outages: when replicas are down. autoscaler: how many replicas serve.
     load_bytes_per_s, start_s: bandwidth at which each GPU of a returning replica loads its weights, and its additional
         start time.
+    migrate_bytes_per_s: bandwidth at which each GPU of a replica that is taken away with notice sends the KV of its
+        requests to other replicas; null sends none, and the KV is computed again.
     keep_iterations: keep every iteration; false saves memory, and figures that need iterations are null.
     cells: how many such clusters there are, each with its own router and its part of the requests; ``workers``
         processes (or Ray) serve them, with equal results, and the memory needed is that of one for each process.
@@ -98,6 +106,7 @@ class ClusterConfig(VariantsConfig):
     autoscaler: Any
     load_bytes_per_s: float = 2e9
     start_s: float = 10.0
+    migrate_bytes_per_s: float | None = None
     keep_iterations: bool = True
     cells: int = 1
     cell_requests: str = "share"
@@ -175,6 +184,7 @@ def build_cluster(cfg: DictConfig, trace: Trace | None = None) -> Cluster:
         load_bytes_per_s=float(cfg.load_bytes_per_s),
         start_s=float(cfg.start_s),
         autoscaler=autoscaler,
+        migrate_bytes_per_s=cfg.migrate_bytes_per_s,
     )
 
 
@@ -249,6 +259,8 @@ def cluster_figures(
     return summary | {
         "moved": int((records.moves > 0).sum()),
         "moves": int(records.moves.sum()),
+        "moved_with_kv": sum(one.reused for one in cluster.migrations()),
+        "migrated_bytes": sum(one.size_bytes for one in cluster.migrations()),
         "never_routed": int((records.replica < 0).sum()),
         "replica_hours": sum(row["up_s"] for row in rows) / 3600.0,
         "replicas": rows,
@@ -356,9 +368,15 @@ def serve_cell(job: CellJob) -> CellResult:
 def _cluster(cfg: DictConfig) -> None:
     for one in (cfg, *variants(cfg).values()):
         check_cells(one)
-    caching = any(one.engine.prefix_caching for one in (cfg, *variants(cfg).values()))
-    columns = CACHE_COLUMNS if caching else CLUSTER_COLUMNS
-    run_or_compare(cfg, write_run=_write_run, run_figures=run_figures, columns=columns)
+    run_or_compare(cfg, write_run=_write_run, run_figures=run_figures, columns=_columns((cfg, *variants(cfg).values())))
+
+
+def _columns(several: Sequence[DictConfig]) -> Columns:
+    """Return the columns of a table of these configurations."""
+    if any(one.engine.prefix_caching for one in several):
+        return CACHE_COLUMNS
+    migrate = any(one.migrate_bytes_per_s is not None for one in several)
+    return MIGRATION_COLUMNS if migrate else CLUSTER_COLUMNS
 
 
 def _write_run(cfg: DictConfig, folder: Path, label: str, made_by: dict[str, Any]) -> None:

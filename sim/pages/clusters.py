@@ -11,17 +11,25 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS
+from sim.cluster.run import CACHE_COLUMNS, CLUSTER_COLUMNS, MIGRATION_COLUMNS
 from sim.config import run_command
 from sim.disaggregate.run import CHANGE_COLUMNS, STAGED_COLUMNS
-from sim.pages.comparison import COUNTS, Comparison, means, read, shown, write_page
+from sim.pages.comparison import COUNTS, Comparison, means, read, shown, wins, write_page
 from sim.pages.render import commit_of, render, show, table
 from sim.paths import RESULTS
 from sim.results.report import Columns
 
 FOLDER = RESULTS / "clusters"
 TEMPLATE = Path(__file__).parent / "templates" / "clusters.md.j2"
-KEEP = (*COUNTS, "moves", "plan", "reduction_at_mean_prompt", "quality_outside_share")
+KEEP = (
+    *COUNTS,
+    "moves",
+    "moved_with_kv",
+    "migrated_bytes",
+    "plan",
+    "reduction_at_mean_prompt",
+    "quality_outside_share",
+)
 
 
 def _experiment(program: str, name: str, columns: Columns) -> Comparison:
@@ -43,7 +51,7 @@ COMPARISONS = {
     ),
     "prefix_caching": _experiment("sim.cluster", "prefix_caching", CACHE_COLUMNS),
     "chat_affinity": _experiment("sim.cluster", "chat_affinity", CACHE_COLUMNS),
-    "spot_preemption": _experiment("sim.cluster", "spot_preemption", CLUSTER_COLUMNS),
+    "spot_preemption": _experiment("sim.cluster", "spot_preemption", MIGRATION_COLUMNS),
     "pd_disaggregation": _experiment("sim.disaggregate", "pd_disaggregation", STAGED_COLUMNS),
     "pd_failures": _experiment("sim.disaggregate", "pd_failures", FAILURE_COLUMNS),
     "pdtrim_transfer": _experiment("sim.disaggregate", "pdtrim_transfer", STAGED_COLUMNS),
@@ -80,6 +88,7 @@ def page(folder: Path = FOLDER) -> str:
         spot={
             key: sum(row[key] for several in summaries for row in several) for key in ("requests", "finished", "moves")
         },
+        moved_wins=wins(found["spot_preemption"], "with notice, KV moved", "with notice"),
         cells=found["cluster_cells"]["summaries"]["run"][0],
         cells_table=_cells_table(found["cluster_cells"]["summaries"]["run"][0]),
         cells_made_by=found["cluster_cells"]["provenance"],

@@ -43,6 +43,7 @@ class ClusterCase:
     sessions: tuple[int, ...] = ()
     thinks_s: tuple[float, ...] = ()
     users: int | None = None
+    migrate_bytes_per_s: float | None = None
 
     def trace(self) -> Trace:
         """Return the requests as a trace."""
@@ -140,7 +141,7 @@ def random_cluster(seed: int, *, ahead: bool | None = None, later: bool = True) 
             if end_s == np.inf:
                 break
         outages.append(tuple(mine))
-    return ClusterCase(
+    case = ClusterCase(
         requests=tuple((a, p, o, cases[0].hash_ids(p, o)[: int(rng.choice([0, 3, 99]))]) for a, p, o in requests),
         replicas=tuple(cases),
         outages=tuple(outages),
@@ -148,6 +149,34 @@ def random_cluster(seed: int, *, ahead: bool | None = None, later: bool = True) 
         seed=seed,
         load_bytes_per_s=float(rng.choice([1e4, 1e6])),
         start_s=float(rng.choice([0.0, 1.0])),
+    )
+    return with_migration(case) if later else case
+
+
+def with_migration(case: ClusterCase) -> ClusterCase:
+    """Return the case with KV that goes with its requests after a notice, if its seed says so.
+
+    Most of these have equal replicas with room for more requests.
+    """
+    rng = np.random.default_rng([case.seed, 21])
+    if rng.random() < 0.6:
+        return case
+    replicas = [replace(one, config=replace(one.config, prefix_caching=False)) for one in case.replicas]
+    if rng.random() < 0.7:
+        first = replicas[0]
+        limits = replace(first.config.limits, max_running=int(rng.choice([8, 40])))
+        roomy = replace(first, kv_blocks=int(rng.choice([60, 400])), config=replace(first.config, limits=limits))
+        replicas = [roomy] * max(len(replicas), 2)
+
+    def noticed(outage: Outage) -> Outage:
+        return replace(outage, notice_s=float(rng.choice([0.0, 2.0, 5.0, 10.0, 30.0])))
+
+    outages = [tuple(noticed(outage) for outage in mine) for mine in case.outages]
+    return replace(
+        case,
+        outages=tuple(outages + [()] * (len(replicas) - len(outages))),
+        replicas=tuple(replicas),
+        migrate_bytes_per_s=float(rng.choice([1e2, 1e3, 1e4, 1e6])),
     )
 
 
@@ -190,6 +219,7 @@ def fast_cluster(
         load_bytes_per_s=case.load_bytes_per_s,
         start_s=case.start_s,
         autoscaler=autoscaler,
+        migrate_bytes_per_s=case.migrate_bytes_per_s,
     )
     for timer_s in timers_s:
         cluster.env.timeout(timer_s)
@@ -223,6 +253,7 @@ def plain_cluster(case: ClusterCase) -> list[Row]:
         start_s=case.start_s,
         most_apart=router.most_apart,
         most_times=router.most_times,
+        migrate_bytes_per_s=case.migrate_bytes_per_s,
     ).run()
 
 
@@ -310,6 +341,8 @@ def _smaller(case: ClusterCase) -> Iterator[ClusterCase]:
     for rows in without_some(case.requests):
         if rows:  # fewer requests than entries of sessions is fine
             yield replace(case, requests=rows)
+    if case.migrate_bytes_per_s is not None:
+        yield replace(case, migrate_bytes_per_s=None)
     for i, one in enumerate(case.replicas):
         if len(case.replicas) > 1:
             yield replace(

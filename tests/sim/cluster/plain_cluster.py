@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -54,6 +54,17 @@ class Row:
 
 
 @dataclass(kw_only=True, eq=False)
+class Sending:
+    """A request whose KV is sent to another replica, or has arrived and waits for the end of an iteration there."""
+
+    row: Row
+    to: int
+    engine: PlainEngine
+    mha: frozenset[int]
+    blocks: int
+
+
+@dataclass(kw_only=True, eq=False)
 class Happening:
     """A scheduled event; events at the same time run in the order of ``number``."""
 
@@ -75,9 +86,14 @@ class PlainCluster:
     start_s: float
     most_apart: int = 32
     most_times: int = 2
+    migrate_bytes_per_s: float | None = None
     cursor: int = 0
     owner: dict[int, int] = field(default_factory=dict)
     held: list[Row] = field(default_factory=list)
+    sending: list[Sending] = field(default_factory=list)
+    now_s: float = 0.0
+    sent_bytes: int = 0
+    reused: int = 0
     events: list[Happening] = field(default_factory=list)
     scheduled: int = 0
     arrived: list[int] = field(default_factory=list)
@@ -190,7 +206,11 @@ class PlainCluster:
     def _drained(self) -> bool:
         """Whether all requests have ended, or the remaining ones cannot make further progress."""
         engines = [replica.engine for replica in self.replicas if replica.engine is not None]
-        if not self.held and not any(engine.queues.waiting or engine.queues.running for engine in engines):
+        if (
+            not self.held
+            and not self.sending
+            and not any(engine.queues.waiting or engine.queues.running for engine in engines)
+        ):
             return True
         if any(not event.decides for event in self.events):
             return False
@@ -334,6 +354,9 @@ class PlainCluster:
         replica, outage = self.replicas[k], self.replicas[k].outages[number]
         if now_s < outage.from_s:
             replica.notified = True
+            if self.migrate_bytes_per_s is not None:
+                self._follow(self._migrate(k, number), now_s)
+                return
             if replica.accepts:
                 replica.accepts = False
                 self._route_again(k, now_s, running_too=False)
@@ -344,6 +367,122 @@ class PlainCluster:
             self._route_again(k, now_s, running_too=True)
         if outage.until_s < math.inf:
             self._at(outage.until_s, lambda now_s: self._start(k, number, now_s))
+
+    # -- KV that goes with its requests -----------------------------------------------------------------------------
+
+    def _follow(self, steps: Iterator[float], now_s: float) -> None:
+        """Go on with a process that yields the time of its next step."""
+        self.now_s = now_s
+        for time_s in steps:
+            if time_s > self.now_s:
+                self._at(time_s, lambda now_s: self._follow(steps, now_s))
+                return
+
+    def _migrate(self, k: int, number: int) -> Iterator[float]:
+        replica, begun_s, sends = self.replicas[k], self.now_s, False
+        until_s = replica.outages[number].from_s
+        step_s = (until_s - begun_s) / 64
+        for look in range(64):
+            yield begun_s + look * step_s
+            if replica.engine is None:
+                continue
+            if not sends:
+                size = sum(len(live.mha) * live.computed_tokens for live in self._sendable(replica.engine))
+                size *= replica.engine.model.kv_bytes_per_token_layer
+                sends = self.now_s + 2.0 * step_s + size / self.migrate_bytes_per_s >= until_s  # type: ignore[operator]
+                if sends and replica.accepts:
+                    replica.accepts = False
+                    self._route_again(k, self.now_s, running_too=False)
+            if sends:
+                yield from self._send(replica.engine, k, until_s)
+        yield until_s
+        self._outage(k, number, self.now_s)
+
+    def _sendable(self, engine: PlainEngine) -> list[LiveRequest]:
+        """Return the running requests that decode and hold KV of all tokens, at 16 bits."""
+        return [live for live in engine.queues.running if live.decoding and live.table.formats is None]
+
+    def _send(self, engine: PlainEngine, k: int, until_s: float) -> Iterator[float]:
+        while self.replicas[k].engine is engine:
+            if engine.in_iteration:
+                if engine.next_s() >= until_s:
+                    return
+                yield engine.next_s()
+                continue
+            rows = {id(row.live): row for row in self.rows if row.live is not None}
+            sendable = sorted(self._sendable(engine), key=lambda live: -len(live.mha) * live.computed_tokens)
+            found = ((live, to) for live in sendable if (to := self._target(engine, live, until_s)) is not None)
+            live, to = next(found, (None, None))
+            if live is None or to is None:
+                return
+            receiver = self.replicas[to].engine
+            assert receiver is not None
+            mha, row = receiver._kv.decode_mha, rows[id(live)]
+            size = self._size(engine, live, mha)
+            self.sent_bytes += size
+            engine.queues.running.remove(live)
+            engine._kv.outside[live.request_id] = live.table
+            engine._wake_up()
+            row.replica, row.moves = -1, row.moves + 1
+            sending = Sending(row=row, to=to, engine=receiver, mha=mha, blocks=self._blocks(receiver, live, mha))
+            self.sending.append(sending)
+            yield self.now_s + size / self.migrate_bytes_per_s  # type: ignore[operator]
+            if self.replicas[k].engine is engine:
+                engine.release(live.request_id)
+            self._at(self.now_s, lambda now_s, sending=sending: self._follow(self._receive(sending), now_s))
+
+    def _size(self, engine: PlainEngine, live: LiveRequest, mha: frozenset[int]) -> int:
+        return len(mha) * live.computed_tokens * engine.model.kv_bytes_per_token_layer
+
+    def _blocks(self, engine: PlainEngine, live: LiveRequest, mha: frozenset[int]) -> int:
+        return len(mha) * -(-live.computed_tokens // engine.config.kv_block_tokens)
+
+    def _target(self, engine: PlainEngine, live: LiveRequest, until_s: float) -> int | None:
+        """Return the replica that reuses most of a request's KV, and of these the one with the largest free share."""
+        best, most = None, (-1, -1.0)
+        for to, replica in enumerate(self.replicas):
+            other = replica.engine
+            if other is None or not replica.accepts or replica.notified or other.model != engine.model:
+                continue
+            mha = other._kv.decode_mha
+            in_time = self.now_s + self._size(engine, live, mha) / self.migrate_bytes_per_s <= until_s  # type: ignore[operator]
+            if not mha <= live.mha or not in_time or live.target_tokens >= other.context_limit:
+                continue
+            coming = [one for one in self.sending if one.engine is other]
+            free = other.pool.free_layer_blocks - sum(one.blocks for one in coming)
+            share = (len(mha), free / max(other.pool.layer_blocks, 1))
+            if self._has_room(other, self._blocks(other, live, mha), free, len(coming)) and share > most:
+                best, most = to, share
+        return best
+
+    def _has_room(self, engine: PlainEngine, blocks: int, free: int, coming: int) -> bool:
+        places = engine._limits.max_running - len(engine.queues.running) - coming
+        return free - blocks >= engine._limits.watermark_layer_blocks and places > 0
+
+    def _receive(self, sending: Sending) -> Iterator[float]:
+        replica, engine, row = self.replicas[sending.to], sending.engine, sending.row
+        while replica.engine is engine and engine.in_iteration:
+            yield engine.next_s()
+        self.sending.remove(sending)
+        live = row.live
+        assert live is not None
+        if replica.engine is engine and replica.accepts:
+            mha = engine._kv.decode_mha
+            room = self._has_room(engine, self._blocks(engine, live, mha), engine.pool.free_layer_blocks, 0)
+            if mha <= sending.mha and room and live.target_tokens < engine.context_limit:
+                self.reused += 1
+                before, row.replica, row.params = row.params, sending.to, engine.model.total_params
+                row.live = replace(
+                    live,
+                    request=replace(row.request, request_id=len(engine.queues.all)),
+                    kept_params=live.kept_params * row.params // before,
+                    output_limit=min(row.request.output_tokens, engine.context_limit - row.request.prompt_tokens),
+                )
+                table = engine._kv.new_table(mha)
+                engine._kv.hold_outside(row.live.request_id, table, live.computed_tokens)
+                engine.join(row.live)
+                return
+        self._place(row, self.now_s)
 
     def _start(self, k: int, number: int, now_s: float) -> None:
         replica = self.replicas[k]
