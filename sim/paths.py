@@ -20,13 +20,14 @@ def data_dir() -> Path:
 
 
 def results_folder(out: str, published: str) -> Path:
-    """Return where a command writes results: the published folder of the repository, or ``out`` as a user means it.
+    """Return where a command writes results: the published folder of the checkout, or ``out`` as a user means it.
 
     Args:
-        out: a path from the current folder; ``published`` or an empty text is the published folder.
+        out: a path from the current folder; ``published`` or an empty text is the published folder. An installed
+            package has none, so there it counts from the current folder too.
         published: its path in the repository.
     """
-    return REPOSITORY / published if out in ("", published) else Path(out)
+    return REPOSITORY / published if CHECKOUT and out in ("", published) else Path(out or published)
 
 
 def find_data(path: str | Path) -> Path:

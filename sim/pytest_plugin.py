@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OUTPUT_TOKENS = 4096
 """Tokens that the running requests still have to produce, unless the context is shorter: they outlast a test."""
+MOST_WAITING = 100_000
+"""Requests in the queue of a server; more would take longer than a test may."""
 
 
 @dataclass(frozen=True)
@@ -75,26 +77,30 @@ def make_server(
         plan: what runs; None is the dense model.
         model, gpu, engine, names: options of conf/ by name, as ``sim.engine.server_spec.ServerSpec.from_names``.
     Raises:
-        ConfigError: for a share outside [0, 1], a count below 0, or a use that no number of requests can have.
+        ConfigError: for a share outside [0, 1], a count that is negative or no whole number, a use that so many
+            requests cannot have, or waiting requests that the engine refuses.
     """
     # Here, because pytest imports plug-ins before every run, also those that use no fixture of this file.
     from sim.cost.plan import dense_plan
     from sim.engine.protocol import Request
     from sim.engine.server_spec import ServerSpec
     from sim.errors import ConfigError
+    from sim.limits import check_count, check_whole
 
     if not 0.0 <= kv_share <= 1.0:
         raise ConfigError(f"kv_share is {kv_share}; it must be from 0 to 1")
     for name, count, least in (
-        ("running", running or 0, 0),
+        ("running", 0 if running is None else running, 0),
         ("waiting", waiting, 0),
         ("prompt_tokens", prompt_tokens, 1),
     ):
-        if count < least:
-            raise ConfigError(f"{name} is {count}; it must be at least {least}")
+        check_whole(count, name, least)
+    check_count(waiting, "waiting requests", MOST_WAITING, "lower waiting")
+    if memory_bytes is not None and not 1 <= memory_bytes < math.inf:
+        raise ConfigError(f"memory_bytes is {memory_bytes}; it must be a number from 1, or None for that of the GPU")
     spec = ServerSpec.from_names(model=model, gpu=gpu, engine=engine, **names)
     plan = plan or dense_plan(spec.model)
-    budget_bytes = int(memory_bytes or spec.gpu.memory_bytes)
+    budget_bytes = int(spec.gpu.memory_bytes if memory_bytes is None else memory_bytes)
     empty = spec.build_replica(plan, budget_bytes)
     block_tokens = spec.config.kv_block_tokens
     blocks = empty.run_until(0.0).kv_layer_blocks // max(1, sum(plan.prefill.mha))
@@ -106,12 +112,12 @@ def make_server(
             f"kv_share is {kv_share} and {waiting} requests wait, but none runs; set running to at least 1"
         )
     longest = spec.config.max_context_tokens or spec.model.max_context_tokens
-    shares = [wanted // running + (i < wanted % running) for i in range(running)] if running else []
-    if shares and not (shares[-1] >= 1 and shares[0] * block_tokens < longest):
+    if running and not (wanted >= running and -(-wanted // running) * block_tokens < longest):
         raise ConfigError(
-            f"{running} requests cannot hold {wanted} KV blocks of {block_tokens} tokens: each holds from 1 block to "
-            f"{longest} tokens; change running or kv_share"
+            f"{running} running request{'s' if running > 1 else ''} cannot hold {wanted} KV blocks of {block_tokens} "
+            f"tokens: each holds from 1 block to {longest} tokens; change running, kv_share or prompt_tokens"
         )
+    shares = [wanted // running + (i < wanted % running) for i in range(running)]
     limits = dataclasses.replace(spec.config.limits, max_running=max(1, running))
     full = dataclasses.replace(spec, config=dataclasses.replace(spec.config, limits=limits))
     server = full.build_replica(plan, budget_bytes)
@@ -123,7 +129,12 @@ def make_server(
             for i in range(waiting)
         ]
         server.submit(requests)
-    return ServerAt(server, server.run_until(0.0))
+    state = server.run_until(0.0)
+    if state.rejected:
+        raise ConfigError(
+            f"the engine refuses a prompt of {prompt_tokens} tokens, so it cannot wait; lower prompt_tokens"
+        )
+    return ServerAt(server, state)
 
 
 def _join(server: PricedReplica, request_id: int, prompt_tokens: int, output_tokens: int) -> None:

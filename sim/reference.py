@@ -36,7 +36,14 @@ from sim.results.run_folder import write_text
 
 PAGE = CONF_DIR.parent / "docs" / "reference" / "configuration.md"
 BASE = "sim.replay"
-POSITIONAL = {"sim.new": "what", "sim.report": "runs", "sim.table": "folders", "hw.compare": "runs"}
+POSITIONAL = {
+    "sim.new": "what",
+    "sim.report": "runs",
+    "sim.runs": "folders",
+    "sim.table": "folders",
+    "sim.trace": "runs",
+    "hw.compare": "runs",
+}
 """Command -> the key that takes its arguments without ``=``."""
 LONGEST_VALUE = 60
 """Characters of a value in a table; longer ones are cut."""

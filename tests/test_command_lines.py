@@ -21,7 +21,7 @@ from agents.evaluation.chosen import named
 from sim.config import check_overrides, compose_config
 from sim.config.arguments import read_arguments
 from sim.paths import REPOSITORY, data_dir
-from sim.reference import commands, page
+from sim.reference import POSITIONAL, commands, page
 from tests.command_lines import command_lines, other_lines, split, unquoted
 from tests.commands import exit_status
 
@@ -124,14 +124,6 @@ CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true,
 
 RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
 """What stands for a run folder, each for another one."""
-POSITIONAL = {
-    "hw.compare": "runs",
-    "sim.new": "what",
-    "sim.report": "runs",
-    "sim.table": "folders",
-    "sim.trace": "runs",
-}
-"""Commands that take arguments without a key, and the key that gets them."""
 
 
 def only_composed(line: str) -> str:

@@ -43,9 +43,12 @@ def allow_new_names() -> None:
 
 
 def files_of(pattern: str) -> list[Path]:
-    """Return the files that match a glob, sorted; a relative one counts from the repository, or else from here."""
-    found = glob.glob(str(REPOSITORY / pattern)) or glob.glob(pattern)  # noqa: PTH207 - Path.glob takes no absolute one
-    return sorted(Path(path) for path in found if Path(path).is_file())
+    """Return the files that match a glob, sorted; a relative one counts from here, or else from the repository."""
+    for root in (Path.cwd(), REPOSITORY):
+        matches = (root / path for path in glob.glob(pattern, root_dir=root))  # noqa: PTH207 - Path.glob takes no absolute one
+        if found := sorted(path for path in matches if path.is_file()):
+            return found
+    return []
 
 
 def glob_files(pattern: str) -> list[Path]:

@@ -27,7 +27,6 @@ from agents.evaluation.serve import ORACLES
 from agents.evaluation.serve_report import serve_table_markdown
 from sim.config import CONF_DIR, one_thread, run_command
 from sim.errors import ConfigError, nearest
-from sim.paths import results_folder
 from sim.results.run_folder import write_parquet
 
 
@@ -121,7 +120,7 @@ def evaluate(cfg: DictConfig, console: Console) -> None:
     Raises:
         ConfigError: for an unknown task or rule, a missing file, or a folder without results.
     """
-    folder = results_folder(cfg.out, EvaluateConfig.out)
+    folder = Path(cfg.out or EvaluateConfig.out)
     for task in cfg.tasks:
         if task not in TASKS:
             raise ConfigError(f"tasks: there is no task {task!r}; {nearest(task, TASKS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def read_arguments(typed: Sequence[str], *, positional: str | None = None) -> Ar
     """Return the arguments of a command, which may come in any order.
 
     Args:
-        positional: the key, a list, that takes arguments without ``=``; None allows none.
+        positional: the key, a list, that takes arguments without ``=``, and those that are files or folders; None
+            allows none.
     Raises:
         ConfigError: for an option that Hydra does not have, or a value that it refuses.
     """
@@ -100,9 +102,10 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _name_positional(overrides: Sequence[str], key: str) -> list[str]:
-    """Return the overrides with those that have no ``=`` collected into ``key=[...]``."""
-    plain = [text for text in overrides if "=" not in text]
-    others = [text for text in overrides if "=" in text]
+    """Return the overrides with those that have no ``=``, or are a file or folder, collected into ``key=[...]``."""
+    # os.path, because a Path raises for a text that is too long for a name.
+    plain = [text for text in overrides if "=" not in text or os.path.exists(text)]  # noqa: PTH110
+    others = [text for text in overrides if text not in plain]
     return [*others, f"{key}=[{','.join(map(_quoted, plain))}]"] if plain else others
 
 

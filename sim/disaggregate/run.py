@@ -47,7 +47,7 @@ from sim.replay.variants import VariantsConfig, run_or_compare, variants
 from sim.results.metrics import Slo, distribution, merged_gaps, merged_iterations, records_frame, summarise
 from sim.results.plots import ReplicaLine, plot_replicas
 from sim.results.records import Iterations, Records
-from sim.results.report import Columns, print_summary
+from sim.results.report import Columns, print_summary, shown_number
 from sim.results.run_folder import begin_run, write_begun, write_json, write_parquet
 from sim.traces.trace import Trace
 from sim.types import Floats, Ints
@@ -389,4 +389,4 @@ def print_staged(summary: Mapping[str, Any], title: str) -> None:
     """Print the figures of one run."""
     print_summary(summary, title)
     for name in ("sent_bytes_mean", "transfer_reduction", "link_busy_share", "perplexity_ratio"):
-        print(name, summary[name])
+        print(name, shown_number(summary[name]))

@@ -359,7 +359,7 @@ def _log_ticks(values: Sequence[Floats]) -> dict[str, Any]:
     """Return labels for a logarithmic axis: powers of ten, and 2 and 5 times them where there are few of those."""
     positive = np.concatenate([one[np.isfinite(one) & (one > 0)] for one in values])
     if not len(positive):
-        return {"dtick": 1}
+        return {"dtick": 1, "range": [-2, 2]}  # nothing to fit an axis to: from 10 ms to 100 s
     first, last = math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))
     factors = (1, 2, 5) if last - first <= 2 else (1,)
     shown = [factor * 10.0**power for power in range(first - 1, last + 2) for factor in factors]
@@ -485,7 +485,8 @@ def pareto(runs: Sequence[RunData]) -> tuple[Figure, list[int], list[str]] | Non
     if len(runs) < 2:
         return None
     misses = np.array([1.0 - float(run.summary["slo_attainment"] or 0.0) for run in runs])
-    quality = np.array([_or_nan(run.perplexity_ratio) for run in runs])
+    # To six decimals: runs of one plan differ by rounding errors, which would be spread over the axis.
+    quality = np.array([_or_nan(run.perplexity_ratio) for run in runs]).round(6)
     in_bytes = all(run.server is not None for run in runs if run.kept_share is not None)
     memory = np.array([_or_nan(run.mean_weight_bytes if in_bytes else run.mean_weight_share) for run in runs])
     figures = {"SLO attainment": misses, "perplexity": quality, "weights in memory": memory}

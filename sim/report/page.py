@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from sim.report import figures, series
 from sim.report.run_data import DISTRIBUTIONS, FIGURES, STATISTICS, RunData
-from sim.results.report import COUNTS, cells, columns_of
+from sim.results.report import COUNTS, cells, columns_of, shown_number
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_DIFFERENCES = 60
@@ -67,6 +67,7 @@ def page(runs: Sequence[RunData], made_by: Mapping[str, Any]) -> str:
         excels_in=front[2] if front is not None else [],
         same_requests=all(same_requests(runs[0], run) for run in runs[1:]),
         slos=slos(runs),
+        missing=missing_parts(runs),
         one_side=len({run.judged_side for run in runs}) == 1,
         bins=series.BINS,
         plan_columns=series.PLAN_COLUMNS,
@@ -108,7 +109,7 @@ def latency_rows(runs: Sequence[RunData]) -> list[list[str]]:
             if name.startswith("client_") and values == run.summary.get(name.removeprefix("client_")):
                 continue
             heading = name.removesuffix("_s").upper().replace("CLIENT_", "client ")
-            rows.append([run.label, heading, *(_number(values.get(one)) for one in STATISTICS)])
+            rows.append([run.label, heading, *(shown_number(values.get(one)) for one in STATISTICS)])
     return rows
 
 
@@ -178,23 +179,27 @@ def same_requests(one: RunData, other: RunData) -> bool:
 
 
 def slos(runs: Sequence[RunData]) -> list[str]:
-    """Return the SLO of each run in words, such as ``dense: TTFT 2 s``; nothing if all are the same."""
-    words = []
+    """Return each SLO in words with the runs that it judges, as ``TTFT 2 s (dense, int4)``; nothing if there is one."""
+    judged: dict[str, list[str]] = {}
     for run in runs:
         targets = ", ".join(f"{name.removesuffix('_s').upper()} {limit:g} s" for name, limit in run.targets_s.items())
-        words.append((targets or "no target") + (" seen by the client" if run.judged_side == "client" else ""))
-    return [f"{run.label}: {text}" for run, text in zip(runs, words, strict=True)] if len(set(words)) > 1 else []
+        words = (targets or "no target") + (" seen by the client" if run.judged_side == "client" else "")
+        judged.setdefault(words, []).append(run.label)
+    return [f"{words} ({', '.join(labels)})" for words, labels in judged.items()] if len(judged) > 1 else []
+
+
+def missing_parts(runs: Sequence[RunData]) -> dict[tuple[str, ...], list[str]]:
+    """Return what folders lack -> the runs that lack just that."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        if run.missing:
+            found.setdefault(tuple(run.missing), []).append(run.label)
+    return found
 
 
 def _short(value: Any, most: int = LONGEST_VALUE) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _number(value: Any) -> str:
-    if not isinstance(value, int | float):
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _count(value: Any) -> str:

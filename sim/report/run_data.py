@@ -217,6 +217,8 @@ class RunData:
             found.append(
                 "server.json: the memory budget is not shown, weights are shown as a share, and a plan that never "
                 "changes is not shown. sim.replay, sim.compare and hw.replay write it; replay again with this version."
+                if self._has_one_engine
+                else "server.json: this command writes none, so plans and the memory budget are not shown."
             )
         if not self.provenance:
             found.append("provenance.json: the command and the commit are unknown. It may have been deleted.")

@@ -65,16 +65,16 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
     console = console or Console()
     rates = {
         "SLO attainment": _percent(summary["slo_attainment"]),
-        "goodput_rps": _number(summary["goodput_rps"]),
-        "request_rate_rps": _number(summary["request_rate_rps"]),
+        "goodput_rps": shown_number(summary["goodput_rps"]),
+        "request_rate_rps": shown_number(summary["request_rate_rps"]),
         **_rates_shown(summary),
-        "output_tokens_per_s": _number(summary["output_tokens_per_s"]),
-        "makespan_s": _number(summary["makespan_s"]),
+        "output_tokens_per_s": shown_number(summary["output_tokens_per_s"]),
+        "makespan_s": shown_number(summary["makespan_s"]),
         "KV peak share": _percent(summary["kv_peak_share"]),
-        "budget_violation_s": _number(summary["budget_violation_s"]),
+        "budget_violation_s": shown_number(summary["budget_violation_s"]),
         "kept params share": _percent(summary["kept_params_share"]),
         "extrapolated iterations": _percent(summary["extrapolated_share"]),
-        "requests_per_cpu_s": _number(summary["requests_per_cpu_s"]),
+        "requests_per_cpu_s": shown_number(summary["requests_per_cpu_s"]),
     }
     distributions = (*DISTRIBUTIONS, *(CLIENT_DISTRIBUTIONS if _has_front_end(summary) else ()))
     if not console.is_terminal:
@@ -82,7 +82,7 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
         for name in COUNTS:
             console.print(f"{name} {summary[name]}", highlight=False)
         for name in distributions:
-            values = " ".join(f"{c}={_number(summary[name][c])}" for c in COLUMNS)
+            values = " ".join(f"{c}={shown_number(summary[name][c])}" for c in COLUMNS)
             console.print(f"{name} {values}", highlight=False, soft_wrap=True)
         for name, value in rates.items():
             console.print(f"{name.replace(' ', '_')} {value}", highlight=False)
@@ -94,7 +94,7 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
         latencies.add_column(column, justify="right")
     for name in distributions:
         heading = name.removesuffix("_s").upper().replace("CLIENT_", "client ")
-        latencies.add_row(heading, *(_number(summary[name][c]) for c in COLUMNS))
+        latencies.add_row(heading, *(shown_number(summary[name][c]) for c in COLUMNS))
     console.print(latencies)
     counts = Table(show_header=False)
     for name, value in [*((n, str(summary[n])) for n in COUNTS), *rates.items()]:
@@ -107,7 +107,7 @@ def _rates_shown(summary: Mapping[str, Any]) -> dict[str, str]:
     """Return the maximum rate and the utilization as text, if they were measured."""
     if summary.get("max_rate_rps") is None:
         return {}
-    return {"max_rate_rps": _number(summary["max_rate_rps"]), "utilization": _percent(summary["utilization"])}
+    return {"max_rate_rps": shown_number(summary["max_rate_rps"]), "utilization": _percent(summary["utilization"])}
 
 
 def _print_note(summary: Mapping[str, Any], console: Console) -> None:
@@ -227,7 +227,8 @@ def print_rows(
     console.print(table)
 
 
-def _number(value: float | None) -> str:
+def shown_number(value: float | None) -> str:
+    """Return a number in four digits, or in whole numbers from 1,000 on; ``-`` for none."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -95,7 +95,7 @@ def protocol_with_deadline(header_timeout_s: float) -> type[H11Protocol]:
         _deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            super().connection_made(_QuietTransport(transport))  # type: ignore[arg-type]
             self._watch()
 
         def data_received(self, data: bytes) -> None:
@@ -130,6 +130,24 @@ def protocol_with_deadline(header_timeout_s: float) -> type[H11Protocol]:
             return due and not self.transport.is_closing()
 
     return DeadlineProtocol
+
+
+class _QuietTransport:
+    """A transport that drops what is written after its connection broke.
+
+    uvicorn hears of it one turn of the event loop later, and asyncio logs a warning for each event of a stream that is
+    written until then.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
 
 class OrderlyServer(uvicorn.Server):

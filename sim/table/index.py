@@ -43,6 +43,10 @@ class Run:
     overrides: Mapping[str, str]
     figures: Mapping[str, float]
 
+    def name_in(self, root: Path) -> str:
+        """Return the folder as a path from ``root``; as it is if it lies elsewhere."""
+        return self.folder.relative_to(root).as_posix() if self.folder.is_relative_to(root) else str(self.folder)
+
 
 def find_runs(folder: Path) -> list[Run]:
     """Return the runs in a folder and below it, and the failed jobs of sweeps, in the order of their paths."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -23,12 +23,12 @@ from sim.table.table import SHOWN
 class RunsConfig:
     """Which runs to list.
 
-    folder: where to look, and below. last: at most this many runs, the latest; null for all.
+    folders: where to look, and below; each gets a list. last: at most this many runs of it, the latest; null for all.
     state: only complete, interrupted, unfinished or failed ones; null for all.
     contains: only runs with this text in their folder, command or overrides; null for all.
     """
 
-    folder: str = "runs"
+    folders: list[str] = field(default_factory=lambda: ["runs"])
     last: int | None = 30
     state: str | None = None
     contains: str | None = None
@@ -39,17 +39,22 @@ ConfigStore.instance().store(name="runs_schema", node=RunsConfig)
 
 def main() -> None:
     """Run the command."""
-    run_command(_list, "runs")
+    run_command(_lists, "runs", positional="folders")
 
 
-def _list(cfg: DictConfig) -> None:
+def _lists(cfg: DictConfig) -> None:
     if cfg.state is not None and cfg.state not in STATES:
         raise ConfigError(f"state is {cfg.state!r}; {nearest(cfg.state, STATES)}")
     if cfg.last is not None and cfg.last < 1:
         raise ConfigError(f"last is {cfg.last}; it must be at least 1, or null for all runs")
-    folder = Path(cfg.folder)
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}; run a command, or name another: folder=FOLDER")
+    for name in cfg.folders:
+        if not Path(name).is_dir():
+            raise ConfigError(f"there is no folder {name}; run a command, or name another: python -m sim.runs FOLDER")
+    for name in cfg.folders:
+        _list(cfg, Path(name))
+
+
+def _list(cfg: DictConfig, folder: Path) -> None:
     every = find_runs(folder)
     runs = [
         run
@@ -78,7 +83,7 @@ def _table(runs: Sequence[Run], folder: Path) -> Table:
         table.add_column(heading, overflow="fold")
     table.add_column("main figure", justify="right")
     for run in runs:
-        name = run.folder.relative_to(folder).as_posix()
+        name = run.name_in(folder)
         figure = next((key for key in SHOWN if key in run.figures), None)
         main = "" if figure is None else f"{SHOWN[figure][0]} {show(run.figures[figure], SHOWN[figure][1])}"
         named = f"{name}: {run.part}" if run.part else name

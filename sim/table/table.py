@@ -33,8 +33,7 @@ def frame_of(runs: Sequence[Run], root: Path) -> pd.DataFrame:
     """Return one row a run: run, part, state, error, command, written_at, the overrides (``=KEY``), every figure."""
     rows = []
     for run in runs:
-        name = run.folder.relative_to(root).as_posix() if run.folder.is_relative_to(root) else str(run.folder)
-        first = {"run": name, "part": run.part, "state": run.state, "error": run.error}
+        first = {"run": run.name_in(root), "part": run.part, "state": run.state, "error": run.error}
         first |= {"command": run.command, "written_at": run.written_at}
         rows.append(first | {f"={key}": value for key, value in run.overrides.items()} | dict(run.figures))
     return pd.DataFrame(rows)
@@ -50,8 +49,7 @@ def markdown_of(runs: Sequence[Run], root: Path) -> str:
     shown = {key: column for key, column in SHOWN.items() if any(key in run.figures for run in runs)}
     rows = []
     for run in runs:
-        name = run.folder.relative_to(root).as_posix() if run.folder.is_relative_to(root) else str(run.folder)
-        row: dict[str, object] = {"run": name}
+        row: dict[str, object] = {"run": run.name_in(root)}
         if any(one.part for one in runs):
             row["part"] = run.part or "-"
         row |= {key: run.overrides.get(key, "-") for key in varied}

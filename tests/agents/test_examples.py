@@ -45,6 +45,16 @@ def test_ppo_in_one_file_learns_and_exports_a_policy(tmp_path: Path) -> None:
     assert utilities[-1] > 0.05  # legal random actions reach 0.02
 
 
+def test_ppo_in_one_file_learns_from_the_fewest_steps_that_it_allows_and_refuses_fewer() -> None:
+    least = (str(EXAMPLES / "masked_ppo.py"), "--steps", "60", "--horizon", "2", "--minibatches", "8", "--envs")
+    done = run_python(*least, "8")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    refused = run_python(*least, "7")
+    assert refused.returncode == 2
+    assert "--horizon times --envs twice --minibatches" in refused.stderr
+
+
 def test_a_network_that_does_not_fit_the_environment_is_not_exported(tmp_path: Path) -> None:
     network = network_of([(np.zeros((60, 70), np.float32), np.zeros(60, np.float32))], "relu")
     with pytest.raises(ConfigError, match="the network has 70 inputs and 60 actions; PruneToBudget-v0 has 71 entries"):

@@ -16,3 +16,5 @@ def test_results_go_to_the_published_folder_or_where_the_user_stands(
     for out in ("", "docs/results/agents"):
         assert results_folder(out, "docs/results/agents") == REPOSITORY / "docs/results/agents"
     assert results_folder("mine", "docs/results/agents").absolute() == tmp_path / "mine"
+    monkeypatch.setattr("sim.paths.CHECKOUT", False)
+    assert results_folder("", "docs/results/agents").absolute() == tmp_path / "docs/results/agents"

@@ -68,6 +68,8 @@ def main() -> None:
     a = parser.parse_args()
     if a.export is not None and a.export.suffix != ".json":
         parser.error(f"--export {a.export} must end in .json")
+    if a.horizon < 2 or a.horizon * a.envs < 2 * a.minibatches:
+        parser.error("--horizon must be at least 2, and --horizon times --envs twice --minibatches")
 
     torch.manual_seed(a.seed)
     torch.set_num_threads(1)
@@ -112,7 +114,7 @@ def main() -> None:
                 x, may, action, before, advantage, wanted = (one[rows] for one in flat)
                 policy = masked(actor(x), may)
                 ratio = (policy.log_prob(action) - before).exp()
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
                 clipped = ratio.clamp(1.0 - a.clip, 1.0 + a.clip)
                 loss = -torch.min(ratio * advantage, clipped * advantage).mean()
                 loss = loss + 0.5 * (critic(x).flatten() - wanted).square().mean() - a.entropy * policy.entropy().mean()

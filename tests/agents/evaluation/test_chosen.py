@@ -57,10 +57,19 @@ def test_a_file_that_the_command_line_names_must_be_there(argument: str) -> None
         present(chosen("tasks=[prune]", argument), default())
 
 
-def test_a_glob_may_be_absolute_or_inside_the_repository(tmp_path: Path) -> None:
+def test_a_glob_may_be_absolute_or_below_the_current_folder_or_inside_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "policy.json").touch()
     assert files_of(f"{tmp_path}/*.json") == [tmp_path / "policy.json"]
     assert files_of("conf/policy/learned_prune_*.json") == [Path(MINE)]
+    monkeypatch.chdir(tmp_path)
+    assert files_of("policy.json") == [tmp_path / "policy.json"]
+    assert files_of("conf/policy/learned_prune_*.json") == [Path(MINE)]
+    own = tmp_path / "conf" / "policy" / "learned_prune_mine.json"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert files_of("conf/policy/learned_prune_*.json") == [own]
     assert files_of(str(tmp_path)) == []
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from starlette.applications import Starlette  # noqa: E402
 from starlette.datastructures import Headers  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.requests import Request  # noqa: E402
-from starlette.responses import PlainTextResponse  # noqa: E402
+from starlette.responses import PlainTextResponse, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from sim.errors import ConfigError  # noqa: E402
@@ -197,9 +198,19 @@ def orderly(config: ServerConfig) -> Iterator[tuple[str, int]]:
     async def hello(_: Request) -> PlainTextResponse:
         return PlainTextResponse("hello")
 
+    async def burst(_: Request) -> StreamingResponse:
+        return StreamingResponse(events())
+
+    async def events() -> AsyncIterator[str]:
+        yield "first"
+        time.sleep(0.5)  # the event loop is busy, so it does not hear that the client leaves
+        for _ in range(50):
+            yield "another"
+
     with bind(config) as listener:
         listen(listener, config)
-        app = Starlette(routes=[Route("/echo", echo, methods=["POST"]), Route("/", hello, methods=["GET", "POST"])])
+        more = [Route("/echo", echo, methods=["POST"]), Route("/burst", burst)]
+        app = Starlette(routes=[*more, Route("/", hello, methods=["GET", "POST"])])
         server = OrderlyServer(app, listener, config, "ready")
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
         thread.start()
@@ -232,6 +243,18 @@ def test_connections_that_send_no_complete_head_are_closed(sent: bytes) -> None:
         for connection in slow:
             eventually(lambda connection=connection: is_closed(connection), "a slow connection stays open")
         assert httpx.get(f"http://{address[0]}:{address[1]}/").text == "hello"
+
+
+def test_nothing_is_logged_when_a_client_breaks_off_a_stream(caplog: pytest.LogCaptureFixture) -> None:
+    with orderly(ServerConfig(port=0)) as address:
+        connection = socket.create_connection(address)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+        connection.sendall(b"GET /burst HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert connection.recv(65_536)
+        connection.close()
+        time.sleep(0.7)
+        assert httpx.get(f"http://{address[0]}:{address[1]}/").text == "hello"
+    assert caplog.messages == []
 
 
 def drip_closes(connection: socket.socket, byte: bytes) -> bool:

@@ -80,3 +80,17 @@ def test_a_key_typed_like_an_option_with_one_dash_is_refused_with_the_way_to_wri
     ):
         read_arguments(["-policy", "dense"])
     assert read_arguments(["-cn", "replay", "-m", "seed=0,1"]).multirun
+
+
+def test_a_folder_needs_no_key_even_if_its_name_has_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "policy=dense,seed=0"  # as of a sweep with hydra.sweep.subdir='${hydra.job.override_dirname}'
+    (tmp_path / "jobs" / name).mkdir(parents=True)
+    long = f"out={'x' * 5000}"
+    typed = ["plain", "out=report.html", f"jobs/{name}", long]
+    found = read_arguments(typed, positional="runs").overrides
+    assert found[:2] == ("out=report.html", long)
+    assert parse_overrides(found[2:])[0].value() == ["plain", f"jobs/{name}"]
+    assert read_arguments(typed).overrides == tuple(typed)

@@ -264,6 +264,21 @@ def test_the_page_says_what_is_missing_and_how_to_get_it(run: RunData, text: str
     }
 
 
+def test_what_several_runs_lack_is_said_once(run: RunData) -> None:
+    bare = [replace(run, label=label, iterations=None) for label in ("a", "b")]
+    shown = page([bare[0], run, bare[1]], MADE_BY)
+    assert shown.count("iterations.parquet: ") == 1
+    assert "<b>a, b</b> lack parts of this report" in shown
+
+
+def test_a_run_of_several_engines_is_not_asked_for_files_that_its_command_never_writes(run: RunData) -> None:
+    cluster = replace(run, iterations=None, server=None, records=run.records.assign(replica=0))
+    assert [text.partition(" none, ")[0] for text in cluster.missing] == [
+        "iterations.parquet: this command writes",
+        "server.json: this command writes",
+    ]
+
+
 def test_the_page_says_when_runs_did_not_get_the_same_requests(run: RunData, compared: list[RunData]) -> None:
     note = "did not serve the same requests"
     assert note not in page(compared, MADE_BY)
@@ -277,8 +292,9 @@ def test_the_page_says_when_runs_are_judged_by_different_slos(run: RunData) -> N
     assert "different SLOs" not in page([run, replace(run, label="b")], MADE_BY)
     strict = replace(run, label="b", config={**run.config, "slo": {"ttft_s": 2.0, "tpot_s": 0.1}})
     free = replace(run, label="c", config={**run.config, "slo": {}})
-    shown = page([run, strict, free], MADE_BY)
-    assert f"cannot be compared: {run.label}: TTFT 2 s; b: TTFT 2 s, TPOT 0.1 s; c: no target." in shown
+    shown = page([run, strict, replace(run, label="d"), free], MADE_BY)
+    stated = f"TTFT 2 s ({run.label}, d); TTFT 2 s, TPOT 0.1 s (b); no target (c)."
+    assert f"cannot be compared: {stated}" in shown
 
 
 def test_targets_of_the_slo_are_drawn_where_they_are_and_named_once(run: RunData) -> None:
@@ -286,6 +302,21 @@ def test_targets_of_the_slo_are_drawn_where_they_are_and_named_once(run: RunData
     layout = figures.latencies([run, strict])["layout"]
     assert [(line["xref"], line["x0"]) for line in layout["shapes"]] == [("x", 1.0), ("x", 2.0), ("x2", 0.1)]
     assert [one["text"] for one in layout["annotations"]] == ["SLO 1, 2 s", "SLO 0.1 s"]
+
+
+def test_latencies_that_no_request_has_leave_an_axis_that_shows_the_target(run: RunData) -> None:
+    refused = run.records.assign(ttft_s=np.nan, tpot_s=np.nan, e2e_s=np.nan)
+    axis = figures.latencies([replace(run, records=refused)])["layout"]["xaxis"]
+    assert axis["range"][0] < np.log10(run.targets_s["ttft_s"]) < axis["range"][1]
+
+
+def test_rounding_errors_of_perplexity_do_not_rank_runs(compared: list[RunData]) -> None:
+    dense = compared[0]
+    nearly = replace(dense, label="b", summary={**dense.summary, "perplexity_ratio": 1.0 - 4e-16})
+    found = figures.pareto([dense, nearly])
+    assert found is not None
+    assert found[1] == [0, 1]
+    assert [mark["x"] for mark in found[0]["data"] if mark["xaxis"] == "x"] == [[1.0], [1.0]]
 
 
 def test_a_run_of_nothing_has_a_page(run: RunData) -> None:

@@ -114,15 +114,28 @@ def test_a_folder_without_runs_is_an_error_in_one_line(
 
 
 def test_runs_are_listed_with_the_latest_first(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_status(list_runs, "folder=jobs") == 0
+    assert exit_status(list_runs, "jobs") == 0
     shown = capsys.readouterr().out
     assert "6 of 6 runs" in shown
-    assert exit_status(list_runs, "folder=jobs", "state=failed", "last=1") == 0
+    assert exit_status(list_runs, "jobs", "state=failed", "last=1") == 0
     assert "1 of 6 runs" in capsys.readouterr().out
-    assert exit_status(list_runs, "folder=jobs", "contains=rap_80") == 0
+    assert exit_status(list_runs, "jobs", "contains=rap_80") == 0
     assert "2 of 6 runs" in capsys.readouterr().out
-    assert exit_status(list_runs, "folder=jobs", "state=fialed") == 2
+    assert exit_status(list_runs, "jobs", "state=fialed") == 2
     assert "did you mean 'failed'" in capsys.readouterr().err
+
+
+def test_runs_of_several_folders_are_listed_one_folder_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a" / "x" / "summary.json", {"slo_attainment": 0.5})
+    write(tmp_path / "b=1" / "failed" / "y.json", {"error": "no", "folder": "/elsewhere/y"})
+    assert exit_status(list_runs, "a", "b=1") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("1 of 1 runs in a") < shown.index("/elsewhere/y") < shown.index("1 of 1 runs in b=1")
+    assert exit_status(list_runs) == 2
+    assert "there is no folder runs; run a command, or name another" in capsys.readouterr().err
 
 
 def write(path: Path, value: Any) -> None:
