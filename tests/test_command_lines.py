@@ -80,6 +80,8 @@ NOT_OURS = (
 OTHER_LINES = {"make demo", "pip install -c constraints.txt -e ."}
 """Not run here. ``make demo`` is ``python -m sim.compare workers=2``. Lines of curl: tests/hw/serve."""
 LINES = [line for line in command_lines() if split(line)[0] not in NOT_OURS]
+TYPED_LINES = sorted(set(LINES).intersection(command_lines(results=False)))
+"""Lines that a user may type: those of the pages of results are not among them."""
 
 # --- What runs here --------------------------------------------------------------------------------------------------
 
@@ -255,7 +257,7 @@ def test_every_other_line_of_the_pages_is_known() -> None:
     assert {line for line in other_lines() if not line.startswith("curl ")} == OTHER_LINES
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line in command_lines(results=False)])
+@pytest.mark.parametrize("line", TYPED_LINES)
 def test_a_shell_takes_the_line_as_it_stands(line: str) -> None:
     assert not re.search(r"[()\[\]{}*?~<>|&;$!#]", unquoted(line)), "quote what a shell would expand"
 
