@@ -123,7 +123,8 @@ LEARNED = {f"learned_serve_llama2.{end}": f"mine.{end}" for end in ("json", "saf
 CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true, start_s: 0, duration_s: 20}]"
 """The first seconds of a trace file."""
 
-
+LENGTHENS = r"\+?(experiment|trace|workload|windows|window_s|seeds|executor|cells)\b"
+"""Keys that say how long a run takes; lines with the same ones share a composition."""
 RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
 """What stands for a run folder, each for another one."""
 POSITIONAL = {
@@ -151,7 +152,8 @@ def shortened(command: str, arguments: list[str]) -> list[str]:
         return ["trace.duration_s=5"]
     # Of a key with several values, a job of a sweep has one.
     single = [text for text in read_arguments(arguments).overrides if "," not in text.partition("=")[2] or "[" in text]
-    cfg = compose_config(commands()[command].stem, [text for text in single if "range(" not in text])
+    lengths = [text for text in single if "range(" not in text and re.match(LENGTHENS, text)]
+    cfg = _composed(commands()[command].stem, tuple(lengths), False)
     if command == "sim.capacity" and "duration_s" in cfg.trace:
         return ["trace.duration_s=20", *_fewer_runs(cfg)]  # of fewer requests, two that are too long miss the target
     return [*_shorter_trace(cfg), *_fewer_runs(cfg)]
@@ -281,6 +283,7 @@ def test_the_groups_options_keys_and_values_of_a_line_that_is_long_exist(
 def test_the_line_runs(
     line: str,
     place: Path,
+    composed_once: None,
     runs: Callable[[], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
