@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 # One worker per core, at most four: each worker imports torch and transformers (about 1 GiB).
 WORKERS ?= logical --maxprocesses 4
 export OMP_NUM_THREADS ?= 1
+# Python keeps what it compiles, also where the machine's environment says otherwise (images of containers often do): the
+# tests start about a hundred processes, and each of them would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 # `make UV=uv test` installs with uv instead of pip. Neither compiles what it installs: Python compiles the part that
 # is imported.

@@ -89,10 +89,10 @@ code: run only files that you trust.
 
 def commands() -> dict[str, Path]:
     """Return command -> its file in conf/, in the order of the page."""
-    packages = ("sim", "hw", "agents")
+    packages, known = ("sim", "hw", "agents"), console_commands()
     # sim.replay comes first, for most others take its keys too.
-    order = sorted(console_commands(), key=lambda name: (name != BASE, packages.index(name.split(".")[0]), name))
-    return {name: console_commands()[name].path for name in order}
+    order = sorted(known, key=lambda name: (name != BASE, packages.index(name.split(".")[0]), name))
+    return {name: known[name].path for name in order}
 
 
 def page() -> str:

@@ -24,10 +24,11 @@ from hydra._internal.hydra import Hydra
 from hypothesis import settings
 
 from sim.paths import DATA_VARIABLE, REPOSITORY, data_dir
+from tests.sample import EXAMPLES
 
 # No time limit per example: a first call compiles, and machines are shared.
-settings.register_profile("rap-lab", deadline=None, max_examples=40)
-settings.register_profile("thorough", deadline=None, max_examples=200)  # make test-slow
+settings.register_profile("rap-lab", deadline=None, max_examples=EXAMPLES)
+settings.register_profile("thorough", deadline=None, max_examples=5 * EXAMPLES)  # make test-slow
 settings.load_profile("rap-lab")
 
 

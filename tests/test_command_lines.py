@@ -80,6 +80,8 @@ NOT_OURS = (
 OTHER_LINES = {"make demo", "pip install -c constraints.txt -e ."}
 """Not run here. ``make demo`` is ``python -m sim.compare workers=2``. Lines of curl: tests/hw/serve."""
 LINES = [line for line in command_lines() if split(line)[0] not in NOT_OURS]
+TYPED_LINES = sorted(set(LINES).intersection(command_lines(results=False)))
+"""Lines that a user may type: those of the pages of results are not among them."""
 
 # --- What runs here --------------------------------------------------------------------------------------------------
 
@@ -121,7 +123,8 @@ LEARNED = {f"learned_serve_llama2.{end}": f"mine.{end}" for end in ("json", "saf
 CUT = "workload.steps=[{_target_: sim.traces.transforms.window, _partial_: true, start_s: 0, duration_s: 20}]"
 """The first seconds of a trace file."""
 
-
+LENGTHENS = r"\+?(experiment|trace|workload|windows|window_s|seeds|executor|cells)\b"
+"""Keys that say how long a run takes; lines with the same ones share a composition."""
 RUN_FOLDER = r"RUN(_\w+)?|runs/\w+"
 """What stands for a run folder, each for another one."""
 
@@ -141,7 +144,8 @@ def shortened(command: str, arguments: list[str]) -> list[str]:
         return ["trace.duration_s=5"]
     # Of a key with several values, a job of a sweep has one.
     single = [text for text in read_arguments(arguments).overrides if "," not in text.partition("=")[2] or "[" in text]
-    cfg = compose_config(commands()[command].stem, [text for text in single if "range(" not in text])
+    lengths = [text for text in single if "range(" not in text and re.match(LENGTHENS, text)]
+    cfg = _composed(commands()[command].stem, tuple(lengths), False)
     if command == "sim.capacity" and "duration_s" in cfg.trace:
         return ["trace.duration_s=20", *_fewer_runs(cfg)]  # of fewer requests, two that are too long miss the target
     return [*_shorter_trace(cfg), *_fewer_runs(cfg)]
@@ -247,7 +251,7 @@ def test_every_other_line_of_the_pages_is_known() -> None:
     assert {line for line in other_lines() if not line.startswith("curl ")} == OTHER_LINES
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line in command_lines(results=False)])
+@pytest.mark.parametrize("line", TYPED_LINES)
 def test_a_shell_takes_the_line_as_it_stands(line: str) -> None:
     assert not re.search(r"[()\[\]{}*?~<>|&;$!#]", unquoted(line)), "quote what a shell would expand"
 
@@ -271,6 +275,7 @@ def test_the_groups_options_keys_and_values_of_a_line_that_is_long_exist(
 def test_the_line_runs(
     line: str,
     place: Path,
+    composed_once: None,
     runs: Callable[[], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

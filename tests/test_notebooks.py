@@ -12,6 +12,8 @@ from sim.paths import REPOSITORY
 
 EXAMPLES = REPOSITORY / "docs" / "examples"
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
+LONG, SHORT = '"--steps", "80000"', '"--steps", "8192"'
+"""How long the notebook trains, and how long it does here: whether that helps, tests/agents/test_examples.py says."""
 
 
 def test_there_are_notebooks() -> None:
@@ -25,6 +27,9 @@ def test_a_notebook_runs(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "examples"
     shutil.copytree(EXAMPLES, folder)
     notebook = nbformat.read(folder / name, as_version=4)
+    if name == "train_a_policy.ipynb":
+        cell = next(cell for cell in notebook.cells if LONG in cell.source)
+        cell.source = cell.source.replace(LONG, SHORT)
     nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("learned_serve" in str(output) or "greedy_stop" in str(output) for output in outputs)

@@ -26,7 +26,7 @@ LONG_FILES = (
     "tests/hw/validate/test_compare.py",
     "tests/hw/fit/test_command.py",
     "tests/sim/disaggregate/test_disaggregate.py",
-    "tests/hw/engine/test_hw_engine.py",
+    "tests/hw/engine/test_plan_changes.py",
     "tests/hw/engine/test_contract.py",
     "tests/sim/engine/test_contract.py",
 )

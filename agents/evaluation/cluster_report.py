@@ -92,7 +92,7 @@ def cluster_context(folder: Path) -> dict[str, Any] | None:
         "made": made,
         "commit": commit_of(made),
         "clusters": frame["window"].nunique(),
-        "policies": set(frame["policy"]),
+        "policies": set(frame["policy"].unique()),
         "table": cluster_table_markdown(frame),
         "verdict": found,
         "pairs": table(found["pairs"], left=2) if found.get("pairs") else "",

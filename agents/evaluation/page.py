@@ -32,7 +32,7 @@ def is_complete(folder: Path) -> bool:
     """Return whether a folder has the results of prune, and in each task the policies that others are compared with."""
     frames = {name: read_if_there(folder / f"{name}.parquet") for name in NEEDED}
     return frames["prune"] is not None and all(
-        frame is None or set(NEEDED[name]) <= set(frame["policy"]) for name, frame in frames.items()
+        frame is None or set(NEEDED[name]) <= set(frame["policy"].unique()) for name, frame in frames.items()
     )
 
 

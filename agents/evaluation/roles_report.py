@@ -18,7 +18,7 @@ SPECS |= {"role changes": ".1f"}
 
 def roles_table_markdown(frame: pd.DataFrame, compared: str = "learned_roles") -> str:
     """Return the main table: every policy over all episodes and seeds, each traffic counting the same."""
-    played = set(frame["policy"])
+    played = set(frame["policy"].unique())
     rows = [
         {
             "policy": name,

@@ -85,7 +85,7 @@ def table_row(frame: pd.DataFrame, name: str, reference: str, *, ours_first: boo
         reference: the policy to compare with. ours_first: show the reference minus this policy, not the reverse.
     """
     part = frame[frame["policy"] == name]
-    compared = name != reference and reference in set(frame["policy"])
+    compared = name != reference and reference in set(frame["policy"].unique())
     pair = (reference, name) if ours_first else (name, reference)
     return {
         "policy": name,
@@ -152,7 +152,7 @@ def hardest_rule(frame: pd.DataFrame, ours: str) -> str:
 def against_the_best(frame: pd.DataFrame, ours: str, column: str) -> list[dict[str, Any]]:
     """Return, for each kind in a column, the rule that a policy is least above there, and by how much it is."""
     rows = []
-    for kind in dict.fromkeys(frame[column]):
+    for kind in frame[column].unique().tolist():
         part = frame[frame[column] == kind]
         rule = hardest_rule(part, ours)
         part = common(part, (ours, rule))
@@ -226,7 +226,7 @@ def serve_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
     found: dict[str, Any] = {"simple": simple, "simple_utility": trace_mean(frame, simple), "oracles": []}
     if ours is None:
         return found
-    for oracle in (name for name in ORACLES if name in set(frame["policy"])):
+    for oracle in (name for name in ORACLES if name in set(frame["policy"].unique())):
         part = common(frame, (ours, simple, oracle))
         high = trace_mean(part, oracle)
         found["oracles"].append(
@@ -246,7 +246,7 @@ def serve_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
         "utility": trace_mean(frame, ours),
         "against_simple": signed(against(frame, ours, simple)),
         "seeds": signed(against(frame, f"{ours}{MEMBERS}", simple))
-        if f"{ours}{MEMBERS}" in set(frame["policy"])
+        if f"{ours}{MEMBERS}" in set(frame["policy"].unique())
         else "",
     }
 
@@ -326,8 +326,8 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         )
         if ours and "claim" in made
         else "",
-        "sources": list(dict.fromkeys(frame["source"])),
-        "scenarios": list(dict.fromkeys(frame["scenario"])),
+        "sources": frame["source"].unique().tolist(),
+        "scenarios": frame["scenario"].unique().tolist(),
         "table": serve_table_markdown(frame, made["compared"]),
         "rules": [(name, about_rule(name)) for name in rules_of(frame) if name in RULES],
         "verdict": found,

@@ -16,7 +16,7 @@ from sim.results.plots import line_style
 
 def policies_of(frame: pd.DataFrame, oracles: Sequence[str] = ("oracle",)) -> list[str]:
     """Return the policies in the order of the frame, the oracles last."""
-    names = [str(name) for name in dict.fromkeys(frame["policy"])]
+    names = [str(name) for name in frame["policy"].unique()]
     return [name for name in names if name not in oracles] + [name for name in oracles if name in names]
 
 
@@ -52,7 +52,7 @@ def by_kind(frame: pd.DataFrame, names: Sequence[str], columns: Mapping[str, str
     for column, prefix in columns.items():
         by_trace = [] if column == "source" or "source" not in frame else ["source"]
         means = frame.groupby(["policy", column, *by_trace])[value].mean().groupby(["policy", column]).mean().unstack()
-        kinds = means.columns if pd.api.types.is_numeric_dtype(frame[column]) else dict.fromkeys(frame[column])
+        kinds = means.columns if pd.api.types.is_numeric_dtype(frame[column]) else frame[column].unique().tolist()
         parts.append(means[list(kinds)].add_prefix(prefix))
     wide = pd.concat(parts, axis=1).loc[list(names)]
     return table(wide.reset_index(names="policy"), dict.fromkeys(wide.columns, ".3f"))
@@ -86,7 +86,7 @@ def seconds_of(made: Mapping[str, Any]) -> str:
 def plot_by_source(axes: Any, frame: pd.DataFrame, names: Sequence[str], minus: str | None = None) -> None:
     """Plot the utility of every policy by trace, or its distance to that of another policy."""
     means = frame.groupby(["source", "policy"])["utility"].mean()
-    for source, marker in zip(dict.fromkeys(frame["source"]), itertools.cycle("os^Dv")):
+    for source, marker in zip(frame["source"].unique(), itertools.cycle("os^Dv")):
         base = 0.0 if minus is None else float(means[(source, minus)])
         values = [float(means[(source, name)]) - base for name in names]
         axes.plot(values, range(len(names)), marker, label=str(source), markersize=5)

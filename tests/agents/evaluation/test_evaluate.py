@@ -138,9 +138,10 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     policies = {"learned_x": [{"file": "x.json", "sha256": "4" * 64, "weights_sha256": "5" * 64}]}
     made = {**PROVENANCE, "trained_on": ["burst"], "split": "test", "compared": "learned_x", "policies": policies}
     write_json(tmp_path / "serve.json", made)
-    assert row_of(page(tmp_path), "learned_x (seeds)")[2] == "40"
-    assert "with training seeds in the interval too: -0.0100 [" in page(tmp_path)
-    assert "fewer than six blocks" not in page(tmp_path)
+    text = page(tmp_path)
+    assert row_of(text, "learned_x (seeds)")[2] == "40"
+    assert "with training seeds in the interval too: -0.0100 [" in text
+    assert "fewer than six blocks" not in text
     write_parquet(tmp_path / "serve.parquet", frame.assign(block=frame["window"] // 10))
     assert "a single block: azure_code 2, burst 2." in page(tmp_path)
     write_parquet(tmp_path / "serve.parquet", frame)

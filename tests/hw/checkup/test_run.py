@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 from hw.checkup import machine
 from hw.checkup.child import run_child
 from hw.checkup.findings import Findings, plain
-from hw.checkup.run import begun_rows, gpu_option, main, outcome, run_steps, slug
+from hw.checkup.run import begun_rows, gpu_option, main, outcome, probe, run_steps, slug
 from hw.checkup.schedule import STEPS, TOTAL_S, Step, limit_s
 from hw.checkup.setup import Setup
 from sim.config import option_names
@@ -155,6 +156,7 @@ def test_the_command_writes_its_files_and_its_status_says_whether_a_step_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAP_LAB_PROGRESS", "1")
+    monkeypatch.setattr("hw.checkup.run.probe", cache(probe))  # torch is imported in a process to find the device: once
     keys = ["device=cpu", "size=short", "model=tiny", "hw.checkpoint=random:0", "commit=abc"]
     folders = [f"out={tmp_path / 'out'}", f"work={tmp_path / 'work'}"]
     assert exit_status(main, *keys, *folders, "steps=[environment,kernels]") == 0

@@ -47,16 +47,18 @@ def plain_logits(model, tokens: list[int], mha: torch.Tensor, ffn: torch.Tensor)
     Position p's attention reads earlier keys as if those positions had run the block, which they did: a request that
     lost a block never runs it again. So this states the KV hole (docs/concepts.md) without any cache.
     """
-    model = copy.deepcopy(model)
     layers = model.model.decoder.layers if model.config.model_type == "opt" else model.model.layers
-    for index, layer in enumerate(layers):
-        layer.self_attn = Gated(layer.self_attn, mha[index])
-        if hasattr(layer, "mlp"):
-            layer.mlp = Gated(layer.mlp, ffn[index])
-        else:
-            layer.fc2 = Gated(layer.fc2, ffn[index])
-    with torch.inference_mode():
-        return model(torch.tensor([tokens]), use_cache=False).logits[0]
+    places = [(layer, name) for layer in layers for name in ("self_attn", "mlp" if hasattr(layer, "mlp") else "fc2")]
+    blocks = [getattr(layer, name) for layer, name in places]
+    gates = [gate[index] for index in range(len(layers)) for gate in (mha, ffn)]
+    try:
+        for (layer, name), block, gate in zip(places, blocks, gates, strict=True):
+            setattr(layer, name, Gated(block, gate))
+        with torch.inference_mode():
+            return model(torch.tensor([tokens]), use_cache=False).logits[0]
+    finally:  # the model stays what it was: to copy it would take longer than to run it
+        for (layer, name), block in zip(places, blocks, strict=True):
+            setattr(layer, name, block)
 
 
 def gates(mask: KeepMask, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

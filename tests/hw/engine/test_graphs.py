@@ -25,7 +25,7 @@ from sim.cost.memory import budget_for_kv_blocks  # noqa: E402
 from sim.cost.plan import Plan, dense_plan, drop, with_mask  # noqa: E402
 from sim.engine.budget import Budget  # noqa: E402
 from sim.engine.protocol import Request  # noqa: E402
-from tests.hw.engine.test_hw_engine import plain_tokens  # noqa: E402
+from tests.hw.engine.runs import plain_tokens  # noqa: E402
 from tests.hw.fake_cuda import FakeCuda  # noqa: E402
 from tests.hw.serving import (  # noqa: E402
     VOCABULARY,

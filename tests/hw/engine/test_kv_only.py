@@ -19,7 +19,7 @@ from sim.engine.block_table import BlockTable
 from sim.engine.kv_pool import KVPool
 from sim.errors import PlanError
 from tests.hw.elastic.test_model import close, gates, plain_logits, random_mask, some_tokens
-from tests.hw.engine.test_hw_engine import plain_tokens, serve, some_rows
+from tests.hw.engine.runs import plain_tokens, serve, some_rows
 from tests.hw.serving import LAYERS, engine_config, hw_engine, tiny, tiny_spec, torch
 from tests.hw.tiny_models import FAMILIES, SHORT_TOKENS
 from tests.sample import quick

@@ -19,7 +19,7 @@ from hw.engine.prompts import RandomPrompts
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import dense_plan
 from sim.results.records import Status
-from tests.hw.engine.test_hw_engine import moving_budget, plain_tokens, plan_schedule, serve, some_rows
+from tests.hw.engine.runs import moving_budget, plain_tokens, plan_schedule, serve, some_rows
 from tests.hw.serving import (
     LAYERS,
     VOCABULARY,

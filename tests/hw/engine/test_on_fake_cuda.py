@@ -22,7 +22,7 @@ from sim.engine.budget import Budget
 from sim.engine.replica import MOST_REFUSALS, RETRY_S
 from sim.errors import BudgetError
 from sim.results.records import Status
-from tests.hw.engine.test_hw_engine import (
+from tests.hw.engine.runs import (
     Audited,
     assert_blocks_are_as_counted,
     moving_budget,

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton has wheels for Linux on x86_64 alon
 from hw.elastic import ops
 from hw.elastic.kernels.launch import INTERPRETED, LAUNCHES
 from sim.cost.plan import KVKeep, dense_plan, drop
-from tests.hw.engine.test_hw_engine import plain_tokens, serve
+from tests.hw.engine.runs import plain_tokens, serve
 from tests.hw.serving import engine_config, hw_engine, tiny_spec
 from tests.hw.tiny_models import FAMILIES, SHORT_TOKENS
 from tests.sample import quick

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import simpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cluster import kernel as cluster_kernel
@@ -26,7 +26,7 @@ from sim.errors import BudgetError, ConfigError
 from sim.policies import Fixed
 from sim.results.records import Records, Status
 from sim.traces.trace import Trace
-from tests.sample import quick
+from tests.sample import examples, quick
 from tests.sim.cluster.cluster_cases import (
     AtTimes,
     FewestRequests,
@@ -192,7 +192,7 @@ def test_no_request_is_lost_or_served_twice_whatever_fails(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 1 << 32))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_kv_blocks_of_every_replica_add_up_to_its_pool_when_all_is_done(seed: int) -> None:
     try:
         cluster = fast_cluster(random_cluster(seed))

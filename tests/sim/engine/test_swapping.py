@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cost.memory import kv_block_layer_bytes
@@ -105,7 +105,6 @@ ANY_ROWS = st.lists(
 )
 
 
-@settings(max_examples=40)
 @given(rows=ANY_ROWS, host=st.integers(1, 30), first=st.booleans(), times=st.lists(st.floats(0, 60), max_size=8))
 def test_held_and_free_kv_blocks_of_the_host_add_up(
     rows: list[tuple[float, int, int]], host: int, first: bool, times: list[float]

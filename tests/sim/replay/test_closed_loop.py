@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.cost.memory import budget_for_kv_blocks
@@ -23,7 +23,6 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1
 LATENCY = linear_latency(0.25, 0.0078125, 0.001)
 
 
-@settings(max_examples=40)
 @given(rows=LENGTHS, users=st.integers(1, 6), blocks=st.integers(14, 60), ahead=st.booleans(), swaps=st.booleans())
 def test_each_request_comes_when_one_ends_and_a_plain_engine_that_is_called_at_each_end_agrees(
     rows: list[tuple[int, int]], users: int, blocks: int, ahead: bool, swaps: bool

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,21 @@ SWEEP = (
 """Of these six jobs two fail: the default calibration has no 8-bit times."""
 
 
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run a sweep in ``jobs`` of a folder; return that and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("sweep"), StringIO()
+    with chdir(folder), redirect_stdout(printed):
+        assert exit_status(replay, *SWEEP) == 1
+    return folder / "jobs", printed.getvalue()
+
+
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a sweep in ``jobs``; return what it printed."""
+def sweep(swept: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Enter a folder with a copy of the sweep in ``jobs``; return what it printed."""
     monkeypatch.chdir(tmp_path)
-    assert exit_status(replay, *SWEEP) == 1
-    return capsys.readouterr().out
+    shutil.copytree(swept[0], "jobs")
+    return swept[1]
 
 
 def test_a_sweep_ends_with_one_table_of_all_jobs_and_the_reasons_of_those_that_failed(sweep: str) -> None:

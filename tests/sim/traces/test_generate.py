@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -155,7 +155,6 @@ def test_a_pause_of_the_code_trace_is_an_error_alone_and_none_in_a_mix():
     assert len(burst(kind="mix", duration_s=5.0, seed=alone[0])) > 0
 
 
-@settings(deadline=None, max_examples=50)
 @given(
     table=st.sampled_from(["azure_code", "azure_conv"]),
     duration_s=st.floats(1.0, 5000.0),

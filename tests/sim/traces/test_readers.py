@@ -22,6 +22,7 @@ from sim.traces.readers.mooncake import read_mooncake
 from sim.traces.readers.native import read_trace, write_trace
 from sim.traces.readers.servegen import read_client, read_client_lengths, read_servegen
 from sim.traces.trace import Trace
+from tests.sample import examples
 
 AZURE = "traces/azure2023/AzureLLMInferenceTrace_{}.head_before_1900.csv.gz"
 MOONCAKE = "traces/mooncake/conversation_trace.head_before_2400s.jsonl.gz"
@@ -589,7 +590,7 @@ traces = st.integers(1, 30).flatmap(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(trace=traces)
 def test_writing_and_reading_gives_an_equal_trace_with_an_equal_hash(tmp_path, kind, trace):
     path = write_trace(trace, tmp_path / f"trace.{kind}")
