@@ -144,8 +144,8 @@ class CompressionConfig:
 
     prompt_tokens: int = 1024
     scored_tokens: int = 128
-    windows: int = 24
-    calibration_windows: int = 8
+    windows: int = 12
+    calibration_windows: int = 4
     factors: list[float] = field(default_factory=lambda: [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
     ada_queries: int = 64
     think_queries: int = 32
