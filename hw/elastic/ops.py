@@ -186,7 +186,7 @@ def rope_and_store_reference(
         query = rms_norm_reference(query, q_norm, eps, offset)
         both = torch.cat((query, rms_norm_reference(key, k_norm, eps, offset)), dim=1)
     if cos is not None and sin is not None:
-        both = _rotate(both, cos, sin)
+        both = rotate(both, cos, sin)
     query, key = both[:, :heads], both[:, heads:]
     if lacks_slots(slots):
         stored = slots >= 0
@@ -201,7 +201,7 @@ def lacks_slots(slots: Tensor) -> bool:
     return bool(slots.numel()) and bool((slots < 0).any())
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [n, heads, d] with its first d_rot dimensions rotated, cos and sin [n, d_rot]."""
     d_rot = cos.shape[-1]
     rotating, rest = x[..., :d_rot], x[..., d_rot:]

@@ -133,6 +133,25 @@ class OfflineConfig:
 
 
 @dataclass(kw_only=True)
+class CompressionConfig:
+    """Settings of kind=kv_compression.
+
+    prompt_tokens: of each window. scored_tokens: those after the prompt; together they replace the configured length.
+    windows: of the test text. calibration_windows: of the calibration text, which sets the thresholds of ReFreeKV.
+    factors: shares of the bytes of the prompt's KV, in descending order.
+    ada_queries: of how many of the prompt's last tokens Ada-KV observes the queries. think_queries: the same of ThinK.
+    """
+
+    prompt_tokens: int = 1024
+    scored_tokens: int = 128
+    windows: int = 12
+    calibration_windows: int = 4
+    factors: list[float] = field(default_factory=lambda: [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    ada_queries: int = 64
+    think_queries: int = 32
+
+
+@dataclass(kw_only=True)
 class ScoreConfig:
     """The configuration of ``python -m hw.score``.
 
@@ -151,6 +170,7 @@ class ScoreConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     offline: OfflineConfig = field(default_factory=OfflineConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     random_orders: int = 3
     full_plans: int | None = None
     out: str = ""
@@ -174,14 +194,17 @@ class Job:
         self._started = time.perf_counter()
         self._started_cpu = time.process_time()
 
-    def text(self, which: str, tokens: int | None = None) -> Windows:
-        """Return the windows of the ``calibration`` or the ``test`` text; ``tokens`` replaces the configured number."""
+    def text(self, which: str, tokens: int | None = None, window: int | None = None) -> Windows:
+        """Return the windows of the ``calibration`` or the ``test`` text.
+
+        ``tokens``, of all windows, and ``window``, of one, replace the configured numbers.
+        """
         text = self.cfg[which]
         windows = read_windows(
             text.path,
             self.tokenizer,
             tokens=tokens or text.tokens,
-            window=text.window,
+            window=window or text.window,
             seed=text.seed,
             keep_newlines=text.keep_newlines,
         )

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from hw.score.fit import write_fits
 from hw.score.job import SCORES, Job, model_name
 from hw.score.kv_bits import score_kv_bits
+from hw.score.kv_compression.compare import figures_path as compression_path
+from hw.score.kv_compression.compare import score_kv_compression, write_page
 from hw.score.losses import score_full_test, score_generation, score_perplexity, score_samples, score_table
 from hw.score.offline_search import figures_path, score_offline_search
 from hw.score.offline_search_page import page
@@ -44,6 +46,7 @@ MEASURED: dict[str, Callable[[Job], None]] = {
     "table": score_table,
     "kv_bits": score_kv_bits,
     "pop": score_pop,
+    "kv_compression": score_kv_compression,
     "full_test": score_full_test,
     "samples": score_samples,
     "generation": score_generation,
@@ -78,11 +81,17 @@ def pop_page(cfg: DictConfig) -> None:
     write_text(Path(cfg.out) if cfg.out else RESULTS / "pop" / "index.md", pop_page_of(figures))
 
 
+def compression_page(cfg: DictConfig) -> None:
+    """Write the page and the picture of compressed KV again, next to their figures."""
+    write_page(compression_path(cfg.out, model_name(cfg)))
+
+
 FROM_FILES: dict[str, Callable[[DictConfig], None]] = {
     "fit": fit_table,
     "report": report,
     "offline_page": offline_page,
     "pop_page": pop_page,
+    "kv_compression_page": compression_page,
 }
 """The kinds that only need files of the others."""
 
