@@ -346,11 +346,11 @@ class LatencyModel:
     def _check_bits(self, wanted: set[int]) -> None:
         missing = sorted(wanted - set(self.bits), reverse=True)
         if missing:
-            others = ", ".join(calibrations_with(missing)) or "there is none; measure one with hw.calibrate"
+            others = ", ".join(calibrations_with(missing, self.model)) or "there is none; measure one with hw.calibrate"
             raise CalibrationError(
                 f"calibration {self.name!r} has no {' or '.join(map(str, missing))}-bit times; it has "
                 f"{', '.join(map(str, self.bits))}. Limit weight_bits and compute_bits of the plan to those, or use a "
-                f"calibration that has more: {others}"
+                f"calibration of {self.model} that has more: {others}"
             )
 
 
@@ -359,12 +359,13 @@ def calibration_names() -> list[str]:
     return sorted(path.stem for path in CALIBRATIONS.glob("*.json"))
 
 
-def calibrations_with(bits: Sequence[int]) -> list[str]:
-    """Return the names of the committed calibrations that have all these bits."""
+def calibrations_with(bits: Sequence[int], model: str) -> list[str]:
+    """Return the names of the committed calibrations of a model that have all these bits."""
+    found = {name: _read(CALIBRATIONS / f"{name}.json") for name in calibration_names()}
     return [
         name
-        for name in calibration_names()
-        if set(bits) <= set(priced_bits(_read(CALIBRATIONS / f"{name}.json")["tables"]))
+        for name, content in found.items()
+        if content["model"] == model and set(bits) <= set(priced_bits(content["tables"]))
     ]
 
 

@@ -45,7 +45,13 @@ class Run:
 
     def name_in(self, root: Path) -> str:
         """Return the folder as a path from ``root``; as it is if it lies elsewhere."""
-        return self.folder.relative_to(root).as_posix() if self.folder.is_relative_to(root) else str(self.folder)
+        inside = self.folder.is_relative_to(root)
+        return printable(self.folder.relative_to(root).as_posix() if inside else str(self.folder))
+
+
+def printable(value: Any) -> str:
+    """Return a value as text in one line; a stranger's run may hold characters that change a terminal."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(value))
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -58,7 +64,7 @@ def find_runs(folder: Path) -> list[Run]:
         at = path.parents[1] / str(note.get("folder", path.stem))
         if "error" in note:  # what is in the folder, if anything, is of another configuration
             found = [run for run in found if run.folder != at]
-            found.append(Run(**_about(at, note), state=FAILED, error=str(note["error"]), figures={}))
+            found.append(Run(**_about(at, note), state=FAILED, error=printable(note["error"]), figures={}))
     return sorted(found, key=lambda run: [_natural(part) for part in run.folder.parts])
 
 
@@ -86,7 +92,7 @@ def _read(folder: Path) -> list[Run]:
             Run(
                 **shared,
                 state=INTERRUPTED if content.get("interrupted") else COMPLETE,
-                part=part,
+                part=printable(part),
                 figures=_flat(content),
             )
             for part, content in parts
@@ -102,8 +108,8 @@ def _about(folder: Path, made: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that every row of a run shares, from its provenance or from the note of its failure."""
     return {
         "folder": folder,
-        "command": str(made.get("command", "")),
-        "written_at": str(made.get("written_at", "")),
+        "command": printable(made.get("command", "")),
+        "written_at": printable(made.get("written_at", "")),
         "overrides": _overrides(made),
     }
 
@@ -169,7 +175,7 @@ def _number(value: Any) -> float | None:
 def _overrides(made: Mapping[str, Any]) -> dict[str, str]:
     """Return key -> value of the overrides that a file states."""
     listed: Sequence[Any] = made["overrides"] if isinstance(made.get("overrides"), list) else []
-    pairs = (str(text).lstrip("+").partition("=") for text in listed)
+    pairs = (printable(text).lstrip("+").partition("=") for text in listed)
     return {key: value for key, _, value in pairs}
 
 

@@ -49,16 +49,21 @@ def markdown_of(runs: Sequence[Run], root: Path) -> str:
     shown = {key: column for key, column in SHOWN.items() if any(key in run.figures for run in runs)}
     rows = []
     for run in runs:
-        row: dict[str, object] = {"run": run.name_in(root)}
+        row: dict[str, object] = {"run": _cell(run.name_in(root))}
         if any(one.part for one in runs):
-            row["part"] = run.part or "-"
-        row |= {key: run.overrides.get(key, "-") for key in varied}
+            row["part"] = _cell(run.part or "-")
+        row |= {key: _cell(run.overrides.get(key, "-")) for key in varied}
         if any(one.state != COMPLETE for one in runs):
             row["state"] = run.state
         rows.append(row | {title: run.figures.get(key) for key, (title, _) in shown.items()})
     text = table(rows, dict(shown.values()), left=len(rows[0]) - len(shown)) + "\n"
     failures = [(row["run"], run) for row, run in zip(rows, runs, strict=True) if run.state == FAILED]
     return text + "".join(f"\n- {name} failed: {run.error}" for name, run in failures) + ("\n" if failures else "")
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a Markdown table, which a ``|`` would end."""
+    return text.replace("|", r"\|")
 
 
 def write_table(folder: Path, out: Path | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import chdir, redirect_stdout
 from io import StringIO
@@ -198,3 +199,23 @@ def test_a_label_is_part_of_the_name_of_a_run_folder() -> None:
     assert label_part("") == label_part(None) == ""
     assert label_part("my try: 1/2") == "_my-try-1-2"
     assert label_part("../..") == "_..-.."
+
+
+def test_a_strangers_run_can_neither_change_the_terminal_nor_break_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;mine\x07a|b\nc"
+    for name, override in (("x", evil), ("y", "z")):
+        write(tmp_path / name / "summary.json", {"slo_attainment": 0.5})
+        made = {"command": evil, "written_at": evil, "overrides": [f"policy={override}"]}
+        write(tmp_path / name / "provenance.json", made)
+    write(tmp_path / "failed" / "z.json", {"error": evil, "folder": evil})
+    write(tmp_path / "w" / "compare.json", {"cases": [0], "summaries": {evil: [{"slo_attainment": 0.1}]}})
+    assert exit_status(list_runs, str(tmp_path)) == 0
+    assert exit_status(make_table, str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    rows = [line for line in (tmp_path / "table.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 4
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
