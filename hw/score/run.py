@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from hw.score.fit import write_fits
 from hw.score.job import SCORES, Job, model_name
 from hw.score.kv_bits import score_kv_bits
-from hw.score.kv_compression.compare import figures_path as compression_path
 from hw.score.kv_compression.compare import score_kv_compression, write_page
 from hw.score.losses import score_full_test, score_generation, score_perplexity, score_samples, score_table
 from hw.score.offline_search import figures_path, score_offline_search
@@ -82,8 +81,8 @@ def pop_page(cfg: DictConfig) -> None:
 
 
 def compression_page(cfg: DictConfig) -> None:
-    """Write the page and the picture of compressed KV again, next to their figures."""
-    write_page(compression_path(cfg.out, model_name(cfg)))
+    """Write the page and the picture of compressed KV from the losses in conf/quality/kv_compression."""
+    write_page(cfg.out, model_name(cfg))
 
 
 FROM_FILES: dict[str, Callable[[DictConfig], None]] = {

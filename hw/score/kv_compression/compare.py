@@ -22,24 +22,26 @@ from hw.score.kv_compression import refree_kv
 from hw.score.kv_compression.continuation import continuation_nll, read_prompt
 from hw.score.kv_compression.page import page, plot
 from hw.score.kv_compression.variants import FULL, Variant, compressed, variants
+from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
-from sim.paths import CHECKOUT, RESULTS
+from sim.paths import RESULTS
 from sim.progress import progress
 from sim.results.run_folder import write_text
 
 
 def figures_path(out: str, model: str) -> Path:
-    """Return the file of figures; the page is ``index.md`` next to it."""
-    folder = RESULTS / "kv_compression" if CHECKOUT else Path("score")
-    return Path(out) if out else folder / f"{model}.json"
+    """Return the file of figures, from which ``sim.cost.kv_compression_loss`` reads losses."""
+    return Path(out) if out else QUALITIES / "kv_compression" / f"{model}.json"
 
 
-def write_page(path: Path) -> None:
-    """Write the page and the picture of a file of figures, next to it."""
+def write_page(out: str, model: str) -> None:
+    """Write the page and the picture of a file of figures: with ``out`` next to it."""
+    path = figures_path(out, model)
+    folder = path.parent if out else RESULTS / "kv_compression"
     figures = read_json_object(path, ConfigError, "run python -m hw.score kind=kv_compression first, or set out=")
-    plot(path.parent / "loss.png", figures)
-    write_text(path.parent / "index.md", page(figures))
+    plot(folder / "loss.png", figures)
+    write_text(folder / "index.md", page(figures))
 
 
 def score_kv_compression(job: Job) -> None:
@@ -96,7 +98,7 @@ def score_kv_compression(job: Job) -> None:
     path = figures_path(job.cfg.out, job.name)
     source = "NLL of the tokens after a prompt, in nats a token, for each window; share of the bytes of the prompt's KV"
     job.write(path, texts["test"], source, result)
-    write_page(path)
+    write_page(job.cfg.out, job.name)
 
 
 def _check(prompt: int, scored: int, factors: list[float], ada_queries: int, observed: int) -> None:

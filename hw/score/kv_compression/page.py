@@ -17,8 +17,6 @@ from sim.results.plots import figure_file, line_style
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "kv_compression.md.j2"
 FULL = "full"
-TOKENS = ("Ada-KV", "SnapKV", "ReFreeKV", "kv_keep")
-"""The methods that drop tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +93,13 @@ def best(listed: Sequence[Loss], factor: float) -> Loss:
     return min((one for one in listed if one.factor == factor), key=lambda one: one.mean)
 
 
+def better_than(listed: Sequence[Loss], method: str) -> list[str]:
+    """Return which variants lose less than a method at the same factor, by more than both standard errors."""
+    own = {one.factor: one for one in listed if one.method == method and one.factor is not None}
+    pairs = [(one, own[one.factor]) for one in listed if one.factor in own]
+    return [f"{one.factor:g} {one.method}" for one, other in pairs if one.mean + one.error < other.mean - other.error]
+
+
 def find(figures: Mapping[str, Any], method: str, factor: float | None, setting: str = "") -> Loss | None:
     """Return the loss of a method at a factor, or at a setting; None if it was not measured."""
     for one in losses(figures):
@@ -142,10 +147,10 @@ def page(figures: Mapping[str, Any]) -> str:
         details=details(figures),
         reach=reach_table(figures),
         at=lambda method: find(figures, method, half),
+        think=[one for one in listed if one.method == "ThinK"],
         half=half,
-        always_bits=all(best(listed, factor).method == "kv_bits" for factor in factors),
+        better=better_than(listed, "kv_bits"),
         second=best([one for one in listed if one.method != "kv_bits"], half),
-        tokens_best=best([one for one in listed if one.method in TOKENS], half),
         published=find(figures, "ReFreeKV", None, f"{PUBLISHED:.0%}"),
         eight=find(figures, "kv_bits", None, "at 8 bits"),
         four=find(figures, "kv_bits", None, "at 4 bits"),

@@ -17,7 +17,7 @@ from hw.elastic.kv import RequestKV  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
 from hw.score.kv_compression import lorc, refree_kv  # noqa: E402
 from hw.score.kv_compression.continuation import Prompt, continuation_nll, read_prompt  # noqa: E402
-from hw.score.kv_compression.page import losses, page, reach  # noqa: E402
+from hw.score.kv_compression.page import better_than, losses, page, reach  # noqa: E402
 from hw.score.kv_compression.prompt_kv import attention, full, kept_tokens  # noqa: E402
 from hw.score.kv_compression.variants import (  # noqa: E402
     FULL,
@@ -29,7 +29,9 @@ from hw.score.kv_compression.variants import (  # noqa: E402
 from hw.score.nll import measure  # noqa: E402
 from sim.cost.model_spec import load_model  # noqa: E402
 from sim.cost.plan import KeepMask, dense_plan  # noqa: E402
+from sim.cost.quality import QUALITIES  # noqa: E402
 from sim.errors import ModelError  # noqa: E402
+from sim.paths import RESULTS  # noqa: E402
 from sim.results.run_folder import write_json  # noqa: E402
 from tests.hw.elastic.test_model import some_tokens  # noqa: E402
 from tests.hw.score.test_score import LAYERS as CHECKPOINT_LAYERS  # noqa: E402
@@ -286,3 +288,15 @@ def test_reach_ends_at_the_first_factor_beyond_the_ratio() -> None:
     figures = figures_of({("full", 1.0): [3.0], ("x", 0.9): [3.02], ("x", 0.6): [3.04], ("y", 0.9): [3.2]})
     assert reach(figures, 1.05) == {"x": 0.6, "y": None}
     assert reach(figures, 1.03) == {"x": 0.9, "y": None}
+
+
+def test_better_ones_differ_by_more_than_both_standard_errors() -> None:
+    figures = figures_of(
+        {("full", 1.0): [3.0, 3.0], ("x", 0.9): [3.4, 3.6], ("y", 0.9): [3.3, 3.5], ("z", 0.9): [3.2, 3.2]}
+    )
+    assert better_than(losses(figures), "x") == ["0.9 z"]
+
+
+def test_the_committed_page_is_what_the_committed_figures_give() -> None:
+    figures = json.loads((QUALITIES / "kv_compression" / "smollm2_135m.json").read_text(encoding="utf-8"))
+    assert page(figures) == (RESULTS / "kv_compression" / "index.md").read_text(encoding="utf-8")
