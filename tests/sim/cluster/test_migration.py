@@ -7,12 +7,15 @@ import math
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.cluster import routers
-from sim.cluster.cluster import Cluster, Phase, Replica
+from sim.cluster.cluster import Cluster, ClusterState, Phase, Replica
 from sim.cluster.outages import Outage
+from sim.cluster.run import run
+from sim.config import CONF_DIR
 from sim.cost.plan import drop, with_mask
 from sim.errors import BudgetError, ConfigError
 from sim.results.records import Status
@@ -139,6 +142,42 @@ def test_no_replica_sends_more_than_its_link_carries_within_the_notice(seed: int
     assert len(records) == len(case.requests)
     moves = np.bincount([one.request for one in cluster.migrations()], minlength=len(records))
     assert (moves <= records.moves).all()
+
+
+def test_an_autoscaler_takes_a_replica_away_that_sends_and_its_request_goes_on() -> None:
+    """The autoscaler wants one replica from 9.5 s on, while the last request of the second one is on its way."""
+
+    class FewerAtLast:
+        period_s, first = 9.5, 2
+
+        def __call__(self, state: ClusterState) -> int:
+            return 1
+
+    one, other = replicas(2, [NOTICE])
+    cluster = Cluster(
+        trace_of((0.0, 8, 1), (0.0, 8, 20)),
+        [other, one],
+        routers.round_robin(),
+        autoscaler=FewerAtLast(),
+        migrate_bytes_per_s=6400.0,
+    )
+    cluster.run()
+    (sent,) = cluster.migrations()
+    assert (sent.begun_s, sent.to, sent.reused) == (9.0, 0, True)
+    assert (9.5, 1, Phase.OFF, 1) in [(e.time_s, e.replica, e.phase, e.moved) for e in cluster.events()]
+    assert cluster.records().finish_s.tolist() == [1.0, pytest.approx(20.96)]
+
+
+def test_the_figures_of_a_configuration_count_what_was_sent() -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        overrides = ["trace.duration_s=40", "outages=schedule", "outages.rows=[[0,20,30]]", "outages.notice_s=10"]
+        cfg = compose("cluster", overrides=[*overrides, "migrate_bytes_per_s=3.125e9"])
+    cluster, summary = run(cfg)
+    per_token = 32 * 2 * 32 * 128 * 2  # Llama-2-7B: layers, keys and values, heads, head dimension, bytes
+    assert summary["moved_with_kv"] == sum(one.reused for one in cluster.migrations()) > 0
+    assert summary["migrated_bytes"] % per_token == 0
+    assert 0 < summary["migrated_bytes"] <= 3.125e9 * 10.0
+    assert summary["finished"] == summary["requests"]
 
 
 def test_the_random_clusters_send_kv_that_is_reused() -> None:
