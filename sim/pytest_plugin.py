@@ -6,8 +6,9 @@ pytest finds them once the project is installed; a test names what it needs::
         full, empty = server_at(kv_share=0.9, waiting=3), server_at(kv_share=0.1)
         assert my_router([full.state, empty.state]) == 1
 
-A server is a ``sim.engine.priced_replica.PricedReplica`` in plain Python, so nothing is compiled and a fixture takes
-milliseconds. It goes on from there: ``submit`` requests, ``apply`` a plan, ``run_until`` a time.
+A server is a ``sim.engine.priced_replica.PricedReplica`` in plain Python, so nothing is compiled and a server takes
+about a tenth of a second, less in a smaller memory (``memory_bytes``, ``gpu``). It goes on from there: ``submit``
+requests, ``apply`` a plan, ``run_until`` a time.
 """
 
 from __future__ import annotations
