@@ -4,8 +4,9 @@
 that its target will be met. This version wraps any policy. It measures how long requests take from their admission to
 their first token, and rejects a request once it has waited so long that its first token can no longer come in time
 (``limit: seconds``). With a target for the time per output token, it also fits that time against the number of running
-requests, and limits how many run. ``limit: requests`` is an earlier form: it limits the length of the queue to what
-the server can start within the target. Margins and bounds are our choice.
+requests, and limits how many run: an iteration gives each of them a token, so this keeps the target of every running
+request. ``limit: requests`` is an earlier form: it limits the length of the queue to what the server can start within
+the target. Margins and bounds are our choice.
 ``Limited`` adds fixed limits, in requests or in seconds, to any other policy, so that policies can be compared with and
 without a limit.
 """
