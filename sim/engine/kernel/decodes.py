@@ -141,7 +141,7 @@ def _link_slot(s: Table, r: int, kv_set: int, kv_format_id: int) -> int:
     slot = slots[i]
     slots[newest].next, slot.previous, slot.next, slots[end].previous = i, newest, end, i
     slot.request, slot.kv_set, slot.kv_format_id = r, kv_set, kv_format_id
-    slot.shared_blocks, slot.fill_tokens, due_clocks_of(s)[i] = 0, NEVER, NEVER
+    slot.saved_tokens, slot.shared_blocks, slot.fill_tokens, due_clocks_of(s)[i] = 0, 0, NEVER, NEVER
     return int(i)
 
 

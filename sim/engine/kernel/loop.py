@@ -19,7 +19,7 @@ from sim.cost.latency_tables import (
 from sim.cost.streaming import SHARED_LINK, slowed_s, streamed_end_s
 from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
 from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot
-from sim.engine.kernel.kv import _release, blocks_of
+from sim.engine.kernel.kv import _release, blocks_of, saved_tokens
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.plans import _change_if_due, change_due_s
 from sim.engine.kernel.prefix_cache import _fill_answer, _fill_cache, _release_prefix_blocks
@@ -128,7 +128,7 @@ def _fill_layer_loads(s: Table) -> int:
                 number = slot.kv_format_id
                 decodes += 1
                 if number >= 0:  # as many tokens at 16 bits have the bytes that it reads
-                    kept = min(computed, kept_tokens[number, layer])
+                    kept = min(computed - slot.saved_tokens, kept_tokens[number, layer])
                     computed = kept * precisions[kept_bits[number, layer]].token_bytes // full_bytes
                 context += computed
         if n.decodes_in_batch:
@@ -324,7 +324,7 @@ def _end_prefill(s: Table, i: int) -> None:
         held = blocks_of(s, i, computed)
         slot.kv_set = after
         if n.kv_format_id >= 0 and slot.shared_blocks == 0:  # a request that holds prefix blocks keeps all of its KV
-            slot.kv_format_id = n.kv_format_id
+            slot.kv_format_id, slot.saved_tokens = n.kv_format_id, saved_tokens(s, computed)
             n.formatted += 1
         _release(s, held - blocks_of(s, i, computed), NO_OWNER)
 
