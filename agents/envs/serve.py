@@ -190,7 +190,10 @@ class ServeSetting:
 
     def nll(self, plan: Plan) -> float:
         """Return the NLL of a plan in nats per token; computed once for all plans that differ in limits alone."""
-        runs = plan.decode, plan.prefill, plan.weight_bits, plan.kv_keep, plan.kv_bits, plan.kv_only, plan.compute_bits
+        runs = (
+            *(plan.decode, plan.prefill, plan.weight_bits, plan.compute_bits),
+            *(plan.kv_keep, plan.kv_bits, plan.kv_only, plan.kv_compression),
+        )
         found = self._nll.get(runs)
         if found is None:
             found = self._nll[runs] = self.quality.nll(plan)

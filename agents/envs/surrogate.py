@@ -10,7 +10,8 @@ from functools import cache
 
 import numpy as np
 
-from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, Text, pair_features, read_fitted, unwarp
+from sim.cost.plan_features import pair_features, unwarp
+from sim.cost.quality import BEST_FORM, QUALITIES, FittedQuality, Text, read_fitted
 from sim.errors import CalibrationError, nearest
 from sim.types import Bools, Floats
 

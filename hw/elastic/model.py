@@ -134,6 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
+        refuse_compressed_kv(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -398,6 +399,20 @@ class ElasticModel:
         finally:
             self._model.set_attn_implementation("sdpa")
         return weights
+
+
+def refuse_compressed_kv(plan: Plan) -> None:
+    """Check that a plan does not compress KV, which the real engine cannot.
+
+    Raises:
+        PlanError: if it does.
+    """
+    if plan.kv_compression is not None:
+        raise PlanError(
+            f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "
+            "channels of a token at one precision; use kv_keep or kv_bits, or simulate the plan (python -m hw.score "
+            "kind=kv_compression measures its loss)"
+        )
 
 
 def _causal(tokens: int, window: int | None, device: torch.device) -> Tensor:

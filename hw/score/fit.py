@@ -21,20 +21,9 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from sim.cost.plan import KV_KEEP_ALL, Plan
+from sim.cost.plan_features import pair_features, precision_and_kv_features, removed_shares, warp
 from sim.cost.plan_json import plan_from_json
-from sim.cost.quality import (
-    BEST_FORM,
-    FORMS,
-    FittedQuality,
-    FittedRange,
-    Text,
-    fitted_path,
-    pair_features,
-    precision_and_kv_features,
-    removed_shares,
-    table_hash,
-    warp,
-)
+from sim.cost.quality import BEST_FORM, FORMS, FittedQuality, FittedRange, Text, fitted_path, table_hash
 from sim.errors import CalibrationError, nearest
 from sim.json_file import read_json_object
 from sim.results.run_folder import commit, write_json

@@ -69,6 +69,7 @@ def measure_many(
 ) -> list[Nll]:
     """Return what ``measure`` returns for every plan, bit for bit; layers that plans have in common run once."""
     assert elastic.plan == dense_plan(elastic.spec)
+    assert not any(plan.kv_compression for plan in plans), "hw.score.kv_compression measures these"
     prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
     total, after = [0.0] * len(plans), [0.0] * len(plans)
     with progress("measuring", len(windows), "windows") as report:

@@ -15,7 +15,7 @@ from sim.cost.latency_tables import LatencyTables, iteration_seconds, layered_it
 from sim.engine import kernel
 from sim.engine.kernel import Table
 from sim.engine.kernel.decodes import _join_decodes, _link_slot, settle
-from sim.engine.kernel.kv import _release, _take
+from sim.engine.kernel.kv import _release, _take, saved_tokens
 from sim.engine.kernel.layout import FLOAT64, INT64, Layout
 from sim.engine.kernel.state import (
     DUE_TURN,
@@ -538,7 +538,9 @@ def join(s: Table, next_s: Floats, k: int, now_s: float, words: Ints, limit_toke
     request.finish_s = np.nan
     n.running_tokens += computed_tokens
     i = _link_slot(s, r, n.decode_set, n.kv_format_id)
-    n.formatted += n.kv_format_id >= 0
+    if n.kv_format_id >= 0:
+        n.formatted += 1
+        slots_of(s)[i].saved_tokens = saved_tokens(s, computed_tokens)
     _join_decodes(s, i)
     n.now_s = next_s[k] = now_s
     return r

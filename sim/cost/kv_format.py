@@ -5,6 +5,8 @@
 
 KV is computed and read by prefill at the model's own precision. At the end of a request's prefill each layer cuts its
 tokens (``Plan.kv_keep``) and quantizes them (``Plan.kv_bits``). Tokens that are decoded later are stored in that way.
+Or the prompt's KV is compressed to a share of its bytes (``Plan.kv_compression``), which counts as if fewer tokens were
+stored; tokens that are decoded later are stored in full.
 
 Every KV block has the same bytes, whatever it holds, so that one pool serves all layers. A block of quantized KV holds
 more tokens instead.
@@ -51,9 +53,7 @@ class KVFormat:
 @functools.lru_cache(maxsize=1024)  # engines ask whenever a prefill ends
 def _formats(
     model: ModelSpec, kv_keep: tuple[KVKeep, ...], kv_bits: tuple[int, ...], kv_block_tokens: int
-) -> tuple[KVFormat, ...] | None:
-    if all(keep == KV_KEEP_ALL for keep in kv_keep) and set(kv_bits) == {16}:
-        return None
+) -> tuple[KVFormat, ...]:
     tokens = {bits: kv_block_tokens_at(model, kv_block_tokens, bits) for bits in KV_BITS}
     size = {bits: model.kv_bytes_per_token_layer_at(bits) for bits in KV_BITS}
     return tuple(
@@ -62,8 +62,21 @@ def _formats(
 
 
 def kv_formats(model: ModelSpec, plan: Plan, kv_block_tokens: int) -> tuple[KVFormat, ...] | None:
-    """Return how each layer stores KV after prefill; None where every layer keeps all tokens at 16 bits."""
+    """Return how each layer stores KV after prefill; None where every layer keeps all tokens at 16 bits.
+
+    A prompt whose KV is compressed takes the place of fewer tokens (``saved_tokens``), in every layer.
+    """
+    if set(plan.kv_keep) == {KV_KEEP_ALL} and set(plan.kv_bits) == {16} and plan.kv_compression is None:
+        return None
     return _formats(model, plan.kv_keep, plan.kv_bits, kv_block_tokens)
+
+
+def saved_tokens(plan: Plan, tokens: int) -> int:
+    """Return how many tokens' bytes compressing the KV of a prompt frees in every layer, once ``tokens`` are computed.
+
+    A layer then stores as many tokens less, of these and of all that follow.
+    """
+    return 0 if plan.kv_compression is None else plan.kv_compression.saved_tokens(tokens)
 
 
 def stored_kv_bytes(model: ModelSpec, plan: Plan, prompt_tokens: int) -> int:
@@ -73,6 +86,7 @@ def stored_kv_bytes(model: ModelSpec, plan: Plan, prompt_tokens: int) -> int:
         PDTrim (arXiv 2509.04467) for layers that decode drops and tokens that do not stay.
     """
     layers = zip(plan.kv_keep, plan.kv_bits, plan.decode.mha, strict=True)
+    stored_tokens = prompt_tokens - saved_tokens(plan, prompt_tokens)
     return sum(
-        keep.tokens(prompt_tokens) * model.kv_bytes_per_token_layer_at(bits) for keep, bits, runs in layers if runs
+        keep.tokens(stored_tokens) * model.kv_bytes_per_token_layer_at(bits) for keep, bits, runs in layers if runs
     )

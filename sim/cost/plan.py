@@ -81,6 +81,37 @@ class KVKeep:
 
 
 KV_KEEP_ALL = KVKeep()
+KV_METHODS = ("ada_kv", "refree_kv", "think", "lorc")
+"""Published ways to hold less KV of a prompt: Ada-KV, ReFreeKV, ThinK and LoRC."""
+LEAST_THINK_PERCENT = 51
+"""ThinK drops channels of keys only: more than half of the bytes stay."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCompression:
+    """How the KV of a prompt is compressed when its prefill ends, in all layers.
+
+    method: one of KV_METHODS. percent: of its bytes that stay, 1 to 99; tokens that are decoded later stay in full.
+    """
+
+    method: str
+    percent: int
+
+    def __post_init__(self) -> None:
+        if self.method not in KV_METHODS:
+            raise PlanError(
+                f"there is no way {_short(self.method)} to compress KV; allowed are {', '.join(KV_METHODS)}"
+            )
+        least = LEAST_THINK_PERCENT if self.method == "think" else 1
+        if not is_whole(self.percent) or not least <= self.percent <= 99:
+            raise PlanError(
+                f"KV compressed by {self.method} to {_short(self.percent)} percent of its bytes; it must be a whole "
+                f"number from {least} to 99, or leave the method out"
+            )
+
+    def saved_tokens(self, tokens: int) -> int:
+        """Return how many tokens have the bytes that compressing ``tokens`` of them frees, rounded down."""
+        return tokens * (100 - self.percent) // 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +130,8 @@ class Plan:
         before the layer runs (Oneiros); none if left out.
     kv_only: one entry per layer: True lets all tokens of a prompt but its last one write only their keys and values
         there, and pass on to the next layer unchanged (POP); none if left out.
+    kv_compression: how the KV of a prompt is compressed when its prefill ends (Ada-KV, ThinK, LoRC, ReFreeKV); None
+        keeps all of it. It makes its own choice, so no ``kv_keep`` may drop tokens next to it.
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     max_waiting: an arriving request is rejected when this many already wait; None rejects none.
     max_wait_s: a request that has waited this long without being admitted is rejected; None lets all wait.
@@ -112,6 +145,7 @@ class Plan:
     kv_bits: tuple[int, ...] = ()
     streamed: tuple[bool, ...] = ()
     kv_only: tuple[bool, ...] = ()
+    kv_compression: KVCompression | None = None
     max_running: int | None = None
     max_waiting: int | None = None
     max_wait_s: float | None = None
@@ -257,6 +291,16 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     if set(map(type, plan.kv_keep)) != {KVKeep}:
         layer = next(i for i, keep in enumerate(plan.kv_keep) if not isinstance(keep, KVKeep))
         raise PlanError(f"plan.kv_keep of layer {layer} is {_short(plan.kv_keep[layer])}; it must be a KVKeep")
+    if plan.kv_compression is not None:
+        if type(plan.kv_compression) is not KVCompression:
+            raise PlanError(
+                f"plan.kv_compression is {_short(plan.kv_compression)}; it must be a KVCompression, or None"
+            )
+        if set(plan.kv_keep) != {KV_KEEP_ALL}:
+            raise PlanError(
+                f"the plan compresses KV by {plan.kv_compression.method} and drops tokens by kv_keep; it was measured "
+                "for neither together: leave kv_keep out, or kv_compression"
+            )
     for kind, kept_decode, kept_prefill, why in (
         ("MHA", plan.decode.mha, plan.prefill.mha, "because decode reads the KV that prefill writes"),
         (
@@ -345,6 +389,8 @@ def describe(plan: Plan) -> str:
     for keep in sorted(set(plan.kv_keep) - {KV_KEEP_ALL}, key=str):
         layers = [i for i, k in enumerate(plan.kv_keep) if k == keep]
         parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")
+    if plan.kv_compression is not None:
+        parts.append(f"{plan.kv_compression.method} {plan.kv_compression.percent}%")
     parts += [
         f"{name} {value}"
         for name, value in (

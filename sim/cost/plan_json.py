@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sim.cost.model_spec import MOST_LAYERS
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, layer_list
+from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVCompression, KVKeep, Plan, layer_list
 from sim.errors import CalibrationError
 from sim.limits import is_whole
 
@@ -29,6 +30,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         **({"compute_bits": lower} if (lower := _layers_by_bits(_nested(plan))) else {}),
         **({"kv_bits": kv_bits} if (kv_bits := _layers_by_bits(plan.kv_bits)) else {}),
         **({"streamed": [i for i, x in enumerate(plan.streamed) if x]} if any(plan.streamed) else {}),
+        **({} if plan.kv_compression is None else {"kv_compression": asdict(plan.kv_compression)}),
         **({"kv_only": [i for i, x in enumerate(plan.kv_only) if x]} if any(plan.kv_only) else {}),
     }
 
@@ -77,6 +79,7 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
             kv_bits=_bits(layers, value.get("kv_bits", {})),
             streamed=tuple(layer in streamed for layer in range(layers)),
             kv_only=tuple(layer in kv_only for layer in range(layers)),
+            kv_compression=KVCompression(**value["kv_compression"]) if "kv_compression" in value else None,
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CalibrationError(

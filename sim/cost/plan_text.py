@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sim.cost.model_spec import MOST_LAYERS
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan
+from sim.cost.plan import KV_KEEP_ALL, KV_METHODS, KeepMask, KVCompression, KVKeep, Plan
 from sim.errors import PlanError
 
 _RANGE = r"\d+(?:-\d+)?"
@@ -17,6 +17,7 @@ _KV_BITS = re.compile(rf"KV(8|4) ({_RANGES})")
 _STREAMED = re.compile(rf"streamed ({_RANGES})")
 _KV_ONLY = re.compile(rf"KV only ({_RANGES})")
 _KV_KEEP = re.compile(rf"KV (\d+)\+(\d+) ({_RANGES})")
+_KV_COMPRESSION = re.compile(rf"({'|'.join(KV_METHODS)}) (\d+)%")
 _LIMIT = re.compile(r"(max_running|max_waiting|max_wait_s) (\S+)")
 
 
@@ -28,7 +29,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
     """
     bits, computed = [16] * num_layers, [16] * num_layers
     kv_bits, kv_keep, streamed = [16] * num_layers, [KV_KEEP_ALL] * num_layers, [False] * num_layers
-    kv_only = [False] * num_layers
+    kv_only, kv_compression = [False] * num_layers, None
     kept = {stage: KeepMask(mha=(True,) * num_layers, ffn=(True,) * num_layers) for stage in ("prefill", "decode")}
     limits: dict[str, float] = {}
     for part in text.split("; "):
@@ -55,6 +56,8 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         elif found := _KV_KEEP.fullmatch(part):
             for layer in _layers(found[3], num_layers):
                 kv_keep[layer] = KVKeep(first_tokens=int(found[1]), last_tokens=int(found[2]))
+        elif found := _KV_COMPRESSION.fullmatch(part):
+            kv_compression = KVCompression(method=found[1], percent=int(found[2]))
         elif found := _LIMIT.fullmatch(part):
             limits[found[1]] = _number(found[2])
         else:
@@ -68,6 +71,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         kv_bits=tuple(kv_bits),
         streamed=tuple(streamed),
         kv_only=tuple(kv_only),
+        kv_compression=kv_compression,
         max_running=_whole(limits.get("max_running")),
         max_waiting=_whole(limits.get("max_waiting")),
         max_wait_s=limits.get("max_wait_s"),

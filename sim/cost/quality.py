@@ -17,7 +17,8 @@ r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode
 removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
 other: with its own measured value, noise included, it would stand out from similar plans. The loss of KV at 8 and 4
-bits is added (``sim.cost.kv_loss``), and so is that of layers in which prompts only write KV (``kv_only_loss``).
+bits is added (``sim.cost.kv_loss``), and so are those of layers in which prompts only write KV (``kv_only_loss``) and
+of compressed KV (``kv_compression_loss``).
 
 A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
 much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
@@ -38,10 +39,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sim.cost.kv_compression_loss import (
+    KVCompressionLoss,
+    kv_compression_loss_path,
+    read_kv_compression_loss,
+)
 from sim.cost.kv_loss import KVLoss, kv_loss_path, quantizes_kv, read_kv_loss
 from sim.cost.kv_only_loss import KVOnlyLoss, kv_only_layers, kv_only_loss_path, read_kv_only_loss
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
+from sim.cost.plan_features import pair_features, pair_score, precision_and_kv_features, removed_shares, unwarp
 from sim.errors import CalibrationError, PlanError, RapLabError, nearest
 from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
@@ -63,9 +70,6 @@ MOST_NLL = 100.0
 MOST_PERPLEXITY = 1e9
 MOST_COEFFICIENT = 1e6
 """Bounds on what a file may hold, so that no prediction leaves the range of a float; measured values are far below."""
-
-KV_ALONE_TOKENS = 36
-"""Tokens kept in the plans that cut one layer's KV alone: the first 4 and the last 32."""
 
 
 class Quality(Protocol):
@@ -94,92 +98,6 @@ class Quality(Protocol):
     def summary(self) -> str:
         """Return one line on the data behind the prediction."""
         ...
-
-
-# --- Features of a plan ----------------------------------------------------------------------------------------------
-
-# Shapes: n plans, b blocks in the order MHA0, FFN0, MHA1, ..., l layers.
-
-
-def removed_shares(plan: Plan, stage_share: float) -> Floats:
-    """Return r [b]: 1 if a block is removed in both stages, ``stage_share`` if only decode drops it, else 0."""
-    layers = len(plan.weight_bits)
-    removed = np.empty(2 * layers)
-    # bytes() of a tuple of bools is the quickest way from it to an array.
-    removed[0::2] = np.frombuffer(bytes(plan.decode.mha), dtype=np.uint8)
-    removed[1::2] = np.frombuffer(bytes(plan.decode.ffn), dtype=np.uint8)
-    np.subtract(1.0, removed, out=removed)
-    if plan.prefill is not plan.decode and plan.prefill != plan.decode:
-        in_prefill = np.empty(2 * layers)
-        in_prefill[0::2] = np.frombuffer(bytes(plan.prefill.mha), dtype=np.uint8)
-        in_prefill[1::2] = np.frombuffer(bytes(plan.prefill.ffn), dtype=np.uint8)
-        removed *= 1.0 - (1.0 - stage_share) * in_prefill
-    return removed
-
-
-def precision_and_kv_features(plan: Plan, kv: Sequence[float]) -> tuple[float, float, float, float, float]:
-    """Return the shares of W4 layers, the same squared, of W8 layers, the cut KV, and the share without first tokens.
-
-    kv [l] is what cutting each layer's KV alone costs, in nats.
-    """
-    bits = plan.product_bits
-    layers = len(bits)
-    four, eight = bits.count(4) / layers, bits.count(8) / layers
-    cut = no_first = 0.0
-    if plan.kv_keep.count(KV_KEEP_ALL) != layers:
-        for keep, cost in zip(plan.kv_keep, kv, strict=True):
-            if keep.first_tokens is not None and keep.last_tokens is not None:
-                cut += cost * KV_ALONE_TOKENS / (keep.first_tokens + keep.last_tokens)
-                no_first += (keep.first_tokens == 0) / layers
-    return four, four * four, eight, cut, no_first
-
-
-def pair_features(removed: Floats, root: Floats) -> Floats:
-    """Return the features [n, 5] of removed pairs of blocks, from r [n, b] and sqrt(s) [b].
-
-    In order: both blocks of a layer; an FFN and the next MHA block; neighboring MHA blocks; neighboring FFN blocks; all
-    pairs.
-    """
-    weighted = removed * root
-    mha, ffn = weighted[:, 0::2], weighted[:, 1::2]
-    return np.stack(
-        (
-            (mha * ffn).sum(1),
-            (ffn[:, :-1] * mha[:, 1:]).sum(1),
-            (mha[:, :-1] * mha[:, 1:]).sum(1),
-            (ffn[:, :-1] * ffn[:, 1:]).sum(1),
-            weighted.sum(1) ** 2 - (weighted**2).sum(1),
-        ),
-        axis=1,
-    )
-
-
-def _pair_score(removed: Floats, root: Floats, pairs: Sequence[float]) -> float:
-    """Return ``pair_features`` times their coefficients for one plan, in a quarter of the time."""
-    weighted = removed * root
-    mha, ffn = weighted[0::2], weighted[1::2]
-    total = float(weighted.sum())
-    return (
-        pairs[0] * float(mha @ ffn)
-        + pairs[1] * float(ffn[:-1] @ mha[1:])
-        + pairs[2] * float(mha[:-1] @ mha[1:])
-        + pairs[3] * float(ffn[:-1] @ ffn[1:])
-        + pairs[4] * (total * total - float(weighted @ weighted))
-    )
-
-
-def warp(loss: Floats, curve: float) -> Floats:
-    """Return log(1 + k D) / k of losses D, the left side of the module's equation; D itself for k = 0."""
-    if not curve:
-        return loss
-    # Measured losses may be slightly negative; the logarithm must stay finite.
-    return np.log1p(np.maximum(curve * loss, -0.95)) / curve
-
-
-def unwarp(score: Any, curve: float) -> Any:
-    """Return the losses whose ``warp`` is ``score``."""
-    # Limit the exponent so that it cannot overflow; a loss near e^40 means no more than one just below it.
-    return np.expm1(np.minimum(curve * score, 40.0)) / curve if curve else score
 
 
 # --- The fitted model ------------------------------------------------------------------------------------------------
@@ -225,6 +143,7 @@ class FittedQuality:
     max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
     range: how far the fit holds; None predicts every plan without a bound, as a fit under test needs it.
     kv_loss: what KV at 8 and 4 bits costs; None if it was not measured. kv_only_loss: the same of ``kv_only``.
+    kv_compression_loss: the same of ``kv_compression``.
     """
 
     name: str
@@ -242,6 +161,7 @@ class FittedQuality:
     range: FittedRange | None = None
     kv_loss: KVLoss | None = None
     kv_only_loss: KVOnlyLoss | None = None
+    kv_compression_loss: KVCompressionLoss | None = None
     _others_list: tuple[float, ...] = field(default=(), repr=False)
     _pairs_list: tuple[float, ...] = field(default=(), repr=False)
 
@@ -259,9 +179,7 @@ class FittedQuality:
         others = np.array([precision_and_kv_features(plan, self.kv) for plan in plans])
         score = removed @ self.blocks + pair_features(removed, self.root) @ self.pairs + others @ self.others
         loss: Floats = self.charged(np.minimum(unwarp(score, self.curve), self.max_loss))
-        loss = np.minimum(
-            loss + np.array([self._kv_bits_loss(plan) + self._kv_only_loss(plan) for plan in plans]), self.max_loss
-        )
+        loss = np.minimum(loss + np.array([self._kv_losses(plan) for plan in plans]), self.max_loss)
         return np.where([self._kv_in_range(plan) for plan in plans], loss, self.max_loss)
 
     def loss(self, plan: Plan) -> float:
@@ -269,8 +187,15 @@ class FittedQuality:
         predicted = self.predicted_loss(plan)
         if not self._kv_in_range(plan):
             return self.max_loss
-        added = self._kv_bits_loss(plan) + self._kv_only_loss(plan)
-        return min(float(self.charged(np.float64(predicted))) + added, self.max_loss)
+        return min(float(self.charged(np.float64(predicted))) + self._kv_losses(plan), self.max_loss)
+
+    def _kv_losses(self, plan: Plan) -> float:
+        """Return what was measured of KV without other changes of the plan, and is added, in nats per token.
+
+        Raises:
+            CalibrationError: for what was not measured.
+        """
+        return self._kv_bits_loss(plan) + self._kv_only_loss(plan) + self._kv_compression_loss(plan)
 
     def _kv_bits_loss(self, plan: Plan) -> float:
         """Return what KV at 8 and 4 bits costs, in nats per token.
@@ -302,13 +227,31 @@ class FittedQuality:
             )
         return self.kv_only_loss.of(plan)
 
+    def _kv_compression_loss(self, plan: Plan) -> float:
+        """Return what compressed KV costs, in nats per token.
+
+        Raises:
+            CalibrationError: if that was not measured.
+        """
+        if plan.kv_compression is None:
+            return 0.0
+        if self.kv_compression_loss is None:
+            raise CalibrationError(
+                f"what compressed KV costs was not measured on {self.name}; leave kv_compression out, or measure it: "
+                "python -m hw.score kind=kv_compression model.path=..."
+            )
+        return self.kv_compression_loss.of(plan)
+
     def predicted_loss(self, plan: Plan) -> float:
-        """Return the predicted loss over dense without that of quantized KV and ``kv_only``, in nats, in any range."""
+        """Return the predicted loss over dense without that of changed KV and ``kv_only``, in nats, in any range.
+
+        Tokens that ``kv_keep`` drops are in it.
+        """
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
         score = float(removed @ self.blocks)
         if self.pairs.any():
-            score += _pair_score(removed, self.root, self._pairs_list)
+            score += pair_score(removed, self.root, self._pairs_list)
         for weight, value in zip(self._others_list, precision_and_kv_features(plan, self.kv), strict=True):
             score += weight * value
         return min(float(unwarp(np.float64(score), self.curve)), self.max_loss)
@@ -348,11 +291,13 @@ class FittedQuality:
     def charge(self, plan: Plan) -> float:
         """Return what requests are charged for a plan: its NLL, or NaN for what was not measured.
 
-        That can be quantized KV, or layers in which prompts only write KV.
+        That can be quantized or compressed KV, or layers in which prompts only write KV.
         """
         unknown = self.kv_loss is None and quantizes_kv(plan)
         if any(plan.kv_only) and (layers := kv_only_layers(plan)):
             unknown = unknown or self.kv_only_loss is None or not self.kv_only_loss.knows(layers)
+        if (wanted := plan.kv_compression) is not None:
+            unknown = unknown or self.kv_compression_loss is None or not self.kv_compression_loss.knows(wanted)
         return math.nan if unknown else self.nll(plan)
 
     def perplexity(self, plan: Plan) -> float:
@@ -551,6 +496,11 @@ class PublishedQuality:
             raise CalibrationError(
                 f"what layers cost in which prompts only write KV is not known of {self.model.name}; leave it out, "
                 "or take a quality that was measured: smollm2_135m"
+            )
+        if plan.kv_compression is not None:
+            raise CalibrationError(
+                f"what compressed KV costs is not known of {self.model.name}; leave kv_compression out, or take a "
+                "quality that was measured: smollm2_135m"
             )
         quantized = self._kv_bits_loss(plan)
         if not self.in_range(plan):
@@ -852,6 +802,8 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
         quality = replace(quality, kv_loss=read_kv_loss(costs, text, quality.name, layers))
     if (costs := kv_only_loss_path(table)).is_file():
         quality = replace(quality, kv_only_loss=read_kv_only_loss(costs, text, quality.name, layers))
+    if (costs := kv_compression_loss_path(table)).is_file():
+        quality = replace(quality, kv_compression_loss=read_kv_compression_loss(costs, text, quality.name))
     return quality
 
 

@@ -54,7 +54,7 @@ from numpy.typing import NDArray
 
 from sim.cluster import kernel as ck
 from sim.cluster.outages import Outages, check_replicas, none
-from sim.cost.kv_format import kv_formats, stored_kv_bytes
+from sim.cost.kv_format import kv_formats, saved_tokens, stored_kv_bytes
 from sim.cost.memory import kv_blocks
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, Plan, check_plan
@@ -459,9 +459,9 @@ class Disaggregated:
         """Return the layer blocks of the KV of a request that decode keeps, over all layers."""
         tokens, plan = int(self._tokens[request]), self.plan
         if tokens not in self._blocks_of:
-            formats = kv_formats(self.model, plan, self._block_tokens)
+            formats, stored = kv_formats(self.model, plan, self._block_tokens), tokens - saved_tokens(plan, tokens)
             self._blocks_of[tokens] = sum(
-                kv_blocks(tokens, self._block_tokens) if formats is None else formats[layer].blocks(tokens)
+                kv_blocks(tokens, self._block_tokens) if formats is None else formats[layer].blocks(stored)
                 for layer, runs in enumerate(plan.decode.mha)
                 if runs
             )

@@ -49,6 +49,7 @@ class BlockTable:
     formats: which tokens each layer keeps, and at how many bits; None while it keeps every token at 16 bits. A layer
         that keeps the first f and the last w tokens has a ring buffer after its first f slots: token t >= f lies in
         slot f + (t - f) % w.
+    saved_tokens: how many tokens' bytes its prompt does not take in each layer, as its KV is compressed.
     blocks: layer -> its own KV blocks, in the order of their slots.
     prefix: index in the prompt, in prefix blocks -> the prefix block that the request holds there.
     prefix_layer_blocks: KV blocks of one layer in each prefix block.
@@ -59,6 +60,7 @@ class BlockTable:
     mha: frozenset[int] = frozenset()
     block_tokens: int = 16
     formats: tuple[KVFormat, ...] | None = None
+    saved_tokens: int = 0
     blocks: dict[int, list[int]] = field(default_factory=dict)
     prefix: dict[int, PrefixBlock] = field(default_factory=dict)
     prefix_layer_blocks: int = 0
@@ -92,7 +94,7 @@ class BlockTable:
         """Return the own blocks that one layer needs for ``tokens`` computed tokens."""
         if self.formats is None:
             return kv_blocks(tokens, self.block_tokens) - len(self.prefix) * self.prefix_layer_blocks
-        return self.formats[layer].blocks(tokens)
+        return self.formats[layer].blocks(tokens - self.saved_tokens)
 
     def own_blocks_needed(self, tokens: int) -> int:
         """Return the own blocks over all layers that ``tokens`` computed tokens need."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sim.cost.kv_format import kv_formats
+from sim.cost.kv_format import kv_formats, saved_tokens
 from sim.cost.memory import kv_blocks
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan
@@ -67,10 +67,11 @@ class KVManager:
         size = self._config.kv_block_tokens
         return BlockTable(mha, size, prefix_layer_blocks=self._config.hash_block_tokens // size)
 
-    def table_after_prefill(self, plan: Plan) -> BlockTable:
-        """Return the empty table of a request whose prompt another replica has computed."""
+    def table_after_prefill(self, plan: Plan, tokens: int) -> BlockTable:
+        """Return the empty table of a request whose first ``tokens`` tokens another replica has computed."""
         table = self.new_table(self.decode_mha)
         table.formats = kv_formats(self._model, plan, self._config.kv_block_tokens)
+        table.saved_tokens = saved_tokens(plan, tokens)
         return table
 
     # -- taking and freeing --------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class KVManager:
                     source, target = table.end_prefill(layer, live.computed_tokens, formats[layer])
                     if source:
                         self._storage.copy(source, target, formats[layer].bits)
-            table.formats = formats
+            table.formats, table.saved_tokens = formats, saved_tokens(plan, live.computed_tokens)
         self.hold(live, live.computed_tokens)
 
     def let_go(self, live: LiveRequest, owner: int = NO_OWNER) -> None:

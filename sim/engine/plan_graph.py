@@ -170,7 +170,8 @@ class PlanGraph:
         row = {
             "target": target,
             "weight_bytes": self._fixed_weight_bytes + resident.weight_bytes(model),
-            "kv_format_id": self._format_id(plan.kv_keep, plan.kv_bits),
+            "kv_format_id": self._format_id(plan),
+            "kv_percent": 100 if plan.kv_compression is None else plan.kv_compression.percent,
             "stream_id": self._stream_id(resident),
             "streams_at": self._streams_at(resident),
             "streams": len(resident.crossing()),
@@ -199,9 +200,10 @@ class PlanGraph:
         ]
         return number
 
-    def _format_id(self, kv_keep: tuple[KVKeep, ...], kv_bits: tuple[int, ...]) -> int:
+    def _format_id(self, plan: Plan) -> int:
         """Return the row of ``kv_format_tokens`` and ``kv_format_bits``; -1 for all tokens of all layers at 16 bits."""
-        if all(layer == KV_KEEP_ALL for layer in kv_keep) and set(kv_bits) == {16}:
+        kv_keep, kv_bits = plan.kv_keep, plan.kv_bits
+        if set(kv_keep) == {KV_KEEP_ALL} and set(kv_bits) == {16} and plan.kv_compression is None:
             return -1
         number = self._format_ids.setdefault((kv_keep, kv_bits), len(self._format_ids))
         self._make_room(number + 1, "kv_format_tokens", "kv_format_bits")

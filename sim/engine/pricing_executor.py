@@ -231,7 +231,8 @@ def _read_tokens(decodes: Sequence[LiveRequest], layer: int) -> int:
             tokens += live.computed_tokens
         else:
             form = live.table.formats[layer]
-            stored_bytes, full_bytes = stored_bytes + form.read_bytes(live.computed_tokens), form.full_token_bytes
+            stored_bytes += form.read_bytes(live.computed_tokens - live.table.saved_tokens)
+            full_bytes = form.full_token_bytes
     return tokens + stored_bytes // full_bytes
 
 

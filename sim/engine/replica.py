@@ -319,7 +319,7 @@ class Replica(ReplicaState):
         As in sim.disaggregate, there must be enough KV blocks above the watermark and a free place among the running
         requests, and no preempted request may be waiting.
         """
-        table = self._kv.table_after_prefill(self._changes.plan)
+        table = self._kv.table_after_prefill(self._changes.plan, prompt_tokens)
         left = self.pool.free_layer_blocks - table.own_blocks_needed(prompt_tokens)
         if left < self._limits.watermark_layer_blocks or self.queues.waiting:
             return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import KVKeep, Plan, check_plan, drop, layer_list
+from sim.cost.plan import KVCompression, KVKeep, Plan, check_plan, drop, layer_list
 from sim.engine.protocol import EngineState
 from sim.errors import PlanError, nearest
 from sim.limits import is_whole
@@ -46,6 +46,8 @@ def static_plan(
     kv_bits: int | Sequence[int] = 16,
     streamed: Sequence[int] = (),
     kv_only: Sequence[int] = (),
+    kv_method: str | None = None,
+    kv_percent: int | None = None,
     max_running: int | None = None,
     max_waiting: int | None = None,
     max_wait_s: float | None = None,
@@ -63,6 +65,8 @@ def static_plan(
         kv_bits: 16, 8 or 4 for the KV of all layers after prefill, or one entry per layer.
         streamed: layers whose weights stay in host memory and are copied in by each iteration.
         kv_only: layers in which all tokens of a prompt but its last one only write keys and values.
+        kv_method: ada_kv, refree_kv, think or lorc, which compresses the KV of a prompt; None compresses none.
+        kv_percent: of the bytes of that KV that stay.
         max_running, max_waiting, max_wait_s: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
@@ -74,6 +78,10 @@ def static_plan(
     shortened = set(range(layers)) if kv_layers is None else _known_layers(model, "kv_layers", kv_layers)
     crossing = _known_layers(model, "streamed", streamed)
     writing = _known_layers(model, "kv_only", kv_only)
+    if (kv_method is None) != (kv_percent is None):
+        raise PlanError(
+            f"kv_method is {kv_method} and kv_percent {kv_percent}; give both, such as ada_kv and 70, or neither"
+        )
     weight_bits = model.weight_bits if weight_bits is None else weight_bits
     for name, bits in (("kv_bits", kv_bits), ("compute_bits", compute_bits)):
         if isinstance(bits, Sequence) and not bits:
@@ -91,6 +99,9 @@ def static_plan(
         kv_bits=_per_layer(kv_bits, layers),
         streamed=tuple(layer in crossing for layer in range(layers)),
         kv_only=tuple(layer in writing for layer in range(layers)),
+        kv_compression=(
+            None if kv_method is None or kv_percent is None else KVCompression(method=kv_method, percent=kv_percent)
+        ),
         max_running=max_running,
         max_waiting=max_waiting,
         max_wait_s=max_wait_s,

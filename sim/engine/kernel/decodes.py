@@ -101,7 +101,10 @@ def blocks_due(s: Table) -> int:
 
 @compiled()
 def _limit_clock(s: Table, i: int, tokens: int) -> int:
-    """Return the clock at which slot i, with this many tokens now, reaches the next limit of its layers; or NEVER."""
+    """Return the clock at which slot i, which stores this many tokens now, reaches the next limit of its layers.
+
+    NEVER if there is none.
+    """
     kept, number, held_set = kv_format_tokens_of(s), slots_of(s)[i].kv_format_id, slots_of(s)[i].kv_set
     limit = NEVER
     for layer in range(kept.shape[1]):
@@ -120,12 +123,13 @@ def _sum_formatted(s: Table, i: int, times: int) -> None:
     n, slot, phases, layer_kv = counters_of(s), slots_of(s)[i], blocks_due_by_phase_of(s), layer_kv_of(s)
     kept, bits, number = kv_format_tokens_of(s), kv_format_bits_of(s), slot.kv_format_id
     tokens = requests_of(s)[slot.request].computed_tokens
+    stored = tokens - slot.saved_tokens
     if times > 0:
-        slot.summed_tokens, slot.limit_clock = tokens, _limit_clock(s, i, tokens)
+        slot.summed_tokens, slot.limit_clock = stored, _limit_clock(s, i, stored)
         n.next_limit = min(n.next_limit, slot.limit_clock)
-    since = tokens - n.clock
     n.formatted_decodes += times
-    n.formatted_tokens += times * since
+    n.formatted_tokens += times * (tokens - n.clock)
+    since = stored - n.clock
     for layer in range(len(layer_kv)):
         if not _has(kv_set_words_of(s), slot.kv_set, layer):
             continue
@@ -236,7 +240,7 @@ def _link_slot(s: Table, r: int, kv_set: int, kv_format_id: int) -> int:
     slot = slots[i]
     slots[newest].next, slot.previous, slot.next, slots[end].previous = i, newest, end, i
     slot.request, slot.kv_set, slot.kv_format_id = r, kv_set, kv_format_id
-    slot.shared_blocks, slot.fill_tokens, due_clocks_of(s)[i] = 0, NEVER, NEVER
+    slot.saved_tokens, slot.shared_blocks, slot.fill_tokens, due_clocks_of(s)[i] = 0, 0, NEVER, NEVER
     return int(i)
 
 

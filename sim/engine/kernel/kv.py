@@ -41,6 +41,7 @@ def blocks_of(s: Table, i: int, tokens: int) -> int:
     held_set, number, precisions = slot.kv_set, slot.kv_format_id, kv_precisions_of(s)
     if number < 0:
         return int(kv_sets_of(s)[held_set].layers * (_blocks(tokens, n.block_tokens) - slot.shared_blocks))
+    tokens -= slot.saved_tokens
     # Layers may keep different numbers of tokens and bits; mostly they are those of the layer before.
     total, blocks, last = 0, 0, -1
     for layer in range(kept.shape[1]):
@@ -50,6 +51,12 @@ def blocks_of(s: Table, i: int, tokens: int) -> int:
                 blocks, last = _blocks(min(tokens, kept[number, layer]), block_tokens), layer
             total += blocks
     return total
+
+
+@compiled(inline=True)
+def saved_tokens(s: Table, tokens: int) -> int:
+    """Return how many tokens' bytes the running plan frees in each layer of a prompt of this many tokens."""
+    return int(tokens * (100 - counters_of(s).kv_percent) // 100)
 
 
 @compiled(inline=True)

@@ -19,7 +19,7 @@ from sim.cost.latency_tables import (
 from sim.cost.streaming import SHARED_LINK, slowed_s, streamed_end_s
 from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
 from sim.engine.kernel.decodes import _count_decodes, _join_decodes, _leave_decodes, _unlink_slot, reach_limits
-from sim.engine.kernel.kv import _release, blocks_of
+from sim.engine.kernel.kv import _release, blocks_of, saved_tokens
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.plans import _change_if_due, change_due_s
 from sim.engine.kernel.prefix_cache import _fill_answer, _fill_cache, _release_prefix_blocks
@@ -136,7 +136,7 @@ def _fill_layer_loads(s: Table) -> int:
                 if number < 0:
                     context += computed
                 else:
-                    kept = min(computed, kept_tokens[number, layer])
+                    kept = min(computed - slot.saved_tokens, kept_tokens[number, layer])
                     stored += kept * precisions[kept_bits[number, layer]].token_bytes
         if n.decodes_in_batch:
             # A decode at clock c has since + c tokens, and context_tokens sums only since (`_join_decodes`).
@@ -335,7 +335,7 @@ def _end_prefill(s: Table, i: int) -> None:
         held = blocks_of(s, i, computed)
         slot.kv_set = after
         if n.kv_format_id >= 0 and slot.shared_blocks == 0:  # a request that holds prefix blocks keeps all of its KV
-            slot.kv_format_id = n.kv_format_id
+            slot.kv_format_id, slot.saved_tokens = n.kv_format_id, saved_tokens(s, computed)
             n.formatted += 1
         _release(s, held - blocks_of(s, i, computed), NO_OWNER)
 

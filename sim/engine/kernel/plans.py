@@ -352,7 +352,7 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
     if row.max_wait_s != n.max_wait_s:
         n.max_wait_since_s = now_s
     n.kv_format_id, n.max_waiting, n.max_wait_s = row.kv_format_id, row.max_waiting, row.max_wait_s
-    n.streams_at, n.streams, n.kv_only = row.streams_at, row.streams, row.kv_only
+    n.kv_percent, n.streams_at, n.streams, n.kv_only = row.kv_percent, row.streams_at, row.streams, row.kv_only
     if row.stream_id != n.stream_id and row.streams > 0:  # other layers are streamed: the copies of the first two begin
         n.first_stream_s, n.second_stream_s = stream_ready_s(
             stream_bytes_of(s), n.streams_at, n.streams, now_s, n.copy_bytes_per_s, n.copy_layer_s, n.slowdown

@@ -111,6 +111,7 @@ COUNTERS = np.dtype(
         ("max_wait_s", FLOAT64),  # how long a request may wait for its admission, s; inf for no limit
         ("max_wait_since_s", FLOAT64),  # when that limit came into force, s; -inf for the first plan's
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
+        ("kv_percent", INT64),  # of the bytes of a prompt's KV that stay after its prefill
         ("stream_id", INT64),  # number of what crosses the link in each iteration; -1 for nothing
         ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
         ("streams", INT64),  # streamed layers
@@ -263,8 +264,9 @@ SLOT = np.dtype(
         ("kv_set", INT64),  # row of kv_sets
         ("joined_clock", INT64),  # clock as of which the record of its decoding request is up to date
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
-        ("summed_tokens", INT64),  # decoding, with a KV format: its tokens when it was added to the sums over decodes
+        ("summed_tokens", INT64),  # decoding, with a KV format: tokens it stored when it was added to the sums
         ("limit_clock", INT64),  # clock at which another of its layers keeps no more tokens; NEVER if none will
+        ("saved_tokens", INT64),  # tokens whose bytes its compressed prompt does not take, in each layer
         ("shared_blocks", INT64),  # KV blocks of one layer in the prefix blocks that it holds
         ("fill_tokens", INT64),  # tokens at the end of the next prefix block that it fills; FILLED, or NEVER for none
     ],
@@ -423,6 +425,7 @@ RESIDENCY = np.dtype(
         ("target", INT64),  # number of the wanted plan
         ("weight_bytes", INT64),  # bytes of resident weights
         ("kv_format_id", INT64),  # row of kv_format_tokens and kv_format_bits; -1 for all tokens at 16 bits
+        ("kv_percent", INT64),  # of the bytes of a prompt's KV that stay after its prefill
         ("stream_id", INT64),  # number of what crosses the link in each iteration; -1 for nothing
         ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
         ("streams", INT64),  # streamed layers

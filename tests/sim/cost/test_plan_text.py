@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVKeep, Plan, describe, nested_bits
+from sim.cost.plan import KV_KEEP_ALL, KV_METHODS, KeepMask, KVCompression, KVKeep, Plan, describe, nested_bits
 from sim.cost.plan_text import most_layer, plan_from_text
 from sim.errors import PlanError
 
@@ -37,6 +37,9 @@ def plans(draw: st.DrawFn) -> Plan:
         kv_bits=tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS))),
         streamed=tuple(draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))),
         kv_only=tuple(draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))),
+        kv_compression=draw(
+            st.none() | st.builds(KVCompression, method=st.sampled_from(KV_METHODS), percent=st.integers(51, 99))
+        ),
         max_running=draw(st.none() | st.integers(1, 1000)),
         max_waiting=draw(st.none() | st.integers(0, 1000)),
         max_wait_s=draw(st.none() | st.floats(1e-3, 1e6)),

@@ -13,18 +13,9 @@ import pytest
 from sim.cost.kv_loss import KVLoss, read_kv_loss
 from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan, drop, with_mask
+from sim.cost.plan_features import unwarp, warp
 from sim.cost.plan_json import plan_from_json, plan_to_json
-from sim.cost.quality import (
-    FORMS,
-    QUALITIES,
-    FittedQuality,
-    fitted_path,
-    load_quality,
-    read_fitted,
-    read_published,
-    unwarp,
-    warp,
-)
+from sim.cost.quality import FORMS, QUALITIES, FittedQuality, fitted_path, load_quality, read_fitted, read_published
 from sim.errors import CalibrationError, PlanError
 
 SPEC = load_model("smollm2_135m")

@@ -13,7 +13,7 @@ from sim.cluster.outages import Outage
 from sim.cost.latency import LatencyModel
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import Plan
+from sim.cost.plan import KV_METHODS, Plan
 from sim.disaggregate.disaggregate import Disaggregated, decode_side
 from sim.engine.protocol import EngineConfig
 from sim.engine.scheduler import Limits, SchedulerName
@@ -96,6 +96,9 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
     if later and lower.random() < 0.4:
         weights = [int(each) for each in lower.choice([16, 8, 4], TINY.num_layers)]
         kv |= {"weight_bits": weights, "compute_bits": [max(each // 2, 4) for each in weights]}
+    compressing = np.random.default_rng([seed, 20])
+    if later and "kv_layers" not in kv and compressing.random() < 0.5:
+        kv |= {"kv_method": str(compressing.choice(KV_METHODS)), "kv_percent": int(compressing.integers(51, 100))}
     case = DisaggregatedCase(
         requests=tuple(rows),
         plan=static_plan(

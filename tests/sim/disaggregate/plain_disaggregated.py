@@ -235,6 +235,8 @@ class PlainDisaggregated:
         head = self.model.head_dim
         full, size = self.token_layer_bytes, {8: head + 4, 4: head // 2 + 4}
         heads = self.model.num_kv_heads
+        if self.plan.kv_compression is not None:
+            prompt = -(-prompt * self.plan.kv_compression.percent // 100)
         return [
             (keep.tokens(prompt), full if bits == 16 else 2 * heads * size[bits])
             for keep, bits, kept in zip(self.plan.kv_keep, self.plan.kv_bits, self.plan.decode.mha, strict=True)

@@ -13,7 +13,7 @@ import numpy as np
 from sim.cost.latency import LatencyModel, calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan
+from sim.cost.plan import KV_METHODS, LEAST_THINK_PERCENT, KeepMask, KVCompression, KVKeep, Plan, dense_plan
 from sim.cost.streaming import LEAST_STREAMED
 from sim.engine.budget import Budget, stepped
 from sim.engine.protocol import EngineConfig, EngineState, Request, Restore
@@ -96,6 +96,8 @@ def quality_nll(plan: Plan) -> float:
     lower = zip(plan.product_bits, plan.weight_bits, strict=True)
     score += sum(0.0005 * (4 + layer) * (bits - less) for layer, (less, bits) in enumerate(lower))
     score += sum(0.0007 * (3 + layer) * kv_only for layer, kv_only in enumerate(plan.kv_only))
+    if (used := plan.kv_compression) is not None:
+        score += 0.0009 * (100 - used.percent) + 0.002 * KV_METHODS.index(used.method)
     return score + sum(0.5 * (not keep) for keep in (*plan.prefill.mha, *plan.prefill.ffn))
 
 
@@ -289,6 +291,25 @@ def with_compute_bits(seed: int, case: Case) -> Case:
     return _with_plans(case, lower)
 
 
+def with_kv_compression(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans that compress the KV of prompts; its own stream, as above."""
+    rng = np.random.default_rng([seed, 20])
+    if rng.random() < 0.6:
+        return case
+    chosen: dict[Plan, KVCompression | None] = {}
+
+    def compressing(plan: Plan) -> Plan:
+        if set(plan.kv_keep) != {KVKeep()}:
+            return plan
+        if plan not in chosen:
+            method = str(rng.choice(KV_METHODS))
+            percent = int(rng.integers(LEAST_THINK_PERCENT if method == "think" else 1, 100))
+            chosen[plan] = KVCompression(method=method, percent=percent) if rng.random() < 0.7 else None
+        return replace(plan, kv_compression=chosen[plan])
+
+    return _with_plans(case, compressing)
+
+
 def with_tp(seed: int, case: Case) -> Case:
     """Return the case of a seed with its model divided among GPUs, and a slow host; its own stream, as above."""
     rng = np.random.default_rng([seed, 15])
@@ -385,7 +406,7 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     if not later:
         return case
     case = with_kv_only(seed, with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))))
-    return with_compute_bits(seed, case)
+    return with_kv_compression(seed, with_compute_bits(seed, case))
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:
