@@ -723,7 +723,7 @@ class Cluster:
                     f"the autoscaler wants {wanted} replicas; it must want 1 to {len(self.replicas)}, the number of "
                     "configured replicas"
                 )
-            self._wanted = [i < wanted for i in range(len(self.replicas))]
+            self._wanted = self._chosen(wanted)
             for i, want in enumerate(self._wanted):
                 phase, running = self._phase[i], self._current[i] >= 0 and ck.outstanding(self._tables[i]) > 0
                 if want and phase is Phase.OFF:
@@ -731,10 +731,23 @@ class Cluster:
                 elif want and phase is Phase.LEAVING and not self._notified[i]:
                     self._note(i, Phase.SERVING)
                     self._accepts[i] = 1
-                elif not want and phase is Phase.SERVING:
+                elif not want and phase is Phase.SERVING and not self._notified[i]:
                     self._leave(i)
                 elif not want and phase is Phase.LEAVING and not running:
                     self._stop(i, Phase.OFF)
+
+    def _chosen(self, wanted: int) -> list[bool]:
+        """Return which replicas are to serve if ``wanted`` are: those that serve or load first, then in their order.
+
+        One that is down, or soon will be, is none of them as long as there are others: another one takes its place.
+        """
+
+        def rank(i: int) -> tuple[bool, bool, int]:
+            gone = self._phase[i] is Phase.DOWN or self._notified[i]
+            return gone, self._phase[i] not in (Phase.SERVING, Phase.LOADING), i
+
+        chosen = set(sorted(range(len(self.replicas)), key=rank)[:wanted])
+        return [i in chosen for i in range(len(self.replicas))]
 
     def _wait_until(self, time_s: float) -> Generator[simpy.Event, Any, None]:
         while self.env.now < time_s:

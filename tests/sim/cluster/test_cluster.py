@@ -382,6 +382,21 @@ def test_an_autoscaler_adds_replicas_that_load_and_takes_away_those_that_are_don
     assert records.finish_s.tolist() == [6.0, 12.0, 18.0, 24.0, 26.0]  # a waiting request stays where it was sent
 
 
+def test_an_autoscaler_replaces_a_replica_that_fails_from_its_notice_on() -> None:
+    """One replica is wanted all the time. Before, nothing replaced one that was gone, and the run had no end."""
+    trace = trace_of((0.0, 8, 9), (5.0, 8, 1))
+    for until_s in (math.inf, 30.0):
+        outage = Outage(from_s=4.5, until_s=until_s, notice_s=2.0)
+        cluster = Cluster(trace, replicas(2, [outage]), routers.least_outstanding(), autoscaler=ByQueue(1),
+                          load_bytes_per_s=1e9, start_s=2.0)  # fmt: skip
+        cluster.run()
+        assert (cluster.records().status == Status.FINISHED).all()
+        phases = [(round(e.time_s, 2), e.phase) for e in cluster.events() if e.replica == 1]
+        assert phases == [(3.0, Phase.LOADING), (5.0, Phase.SERVING)]
+        # The machine that comes back is not needed, as the other one serves.
+        assert all(e.phase is not Phase.LOADING for e in cluster.events() if e.replica == 0)
+
+
 def test_an_autoscaler_cannot_want_more_than_there_are() -> None:
     crowd = trace_of(*((0.0, 8, 9) for _ in range(9)))
     with pytest.raises(ConfigError, match="wants 9 replicas; it must want 1 to 2"):
