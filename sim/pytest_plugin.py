@@ -78,8 +78,8 @@ def make_server(
         plan: what runs; None is the dense model.
         model, gpu, engine, names: options of conf/ by name, as ``sim.engine.server_spec.ServerSpec.from_names``.
     Raises:
-        ConfigError: for a share outside [0, 1], a count that is negative or no whole number, a use that such a number of
-            requests cannot have, or waiting requests that the engine refuses.
+        ConfigError: for a share outside [0, 1], a count that is negative or no whole number, a use that this number
+            of requests cannot have, or waiting requests that the engine refuses.
     """
     # Here, because pytest imports plug-ins before every run, also those that use no fixture of this file.
     from sim.cost.plan import dense_plan
