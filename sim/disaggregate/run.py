@@ -134,20 +134,20 @@ def plan_of(cfg: DictConfig) -> Plan:
     return policy.first_plan
 
 
-def build_system(cfg: DictConfig, *, trace: Trace | None = None) -> Disaggregated:
+def build_system(cfg: DictConfig, decode_cfg: DictConfig | None = None, *, trace: Trace | None = None) -> Disaggregated:
     """Build the prefill and decode replicas of a configuration.
 
-    trace: takes the place of the configuration's.
+    decode_cfg: that of decode if it differs. trace: takes the place of the configuration's.
     """
     plan, quality = plan_of(cfg), quality_of(cfg)
     nll = quality.charge if quality is not None else None
 
-    def side(own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
-        return lambda env: build_engine(cfg, env=env, external_clock=True, plan=own, quality_nll=priced)[0]
+    def side(of: DictConfig, own: Plan, priced: Any) -> Callable[[simpy.Environment], SimEngine]:
+        return lambda env: build_engine(of, env=env, external_clock=True, plan=own, quality_nll=priced)[0]
 
     prefill, decode = int(cfg.prefill_replicas), int(cfg.decode_replicas)
-    as_prefill = side(plan, nll)
-    as_decode = side(decode_side(plan), with_prefill(nll, plan.prefill))
+    as_prefill = side(cfg, plan, nll)
+    as_decode = side(decode_cfg or cfg, decode_side(plan), with_prefill(nll, plan.prefill))
     roles = build(cfg.roles)
     trace = build_trace(cfg) if trace is None else trace
     if isinstance(roles, LearnedRoles):

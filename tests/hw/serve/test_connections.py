@@ -254,7 +254,8 @@ def test_nothing_is_logged_when_a_client_breaks_off_a_stream(caplog: pytest.LogC
         connection.close()
         time.sleep(0.7)
         assert httpx.get(f"http://{address[0]}:{address[1]}/").text == "hello"
-    assert caplog.messages == []
+    # The client of this test logs its own request where another test has turned that on.
+    assert [record.message for record in caplog.records if record.name != "httpx"] == []
 
 
 def drip_closes(connection: socket.socket, byte: bytes) -> bool:
