@@ -88,15 +88,21 @@ def _group_of(s: Table, last_token_s: float) -> int:
     return int(group)
 
 
-@compiled()
+@compiled(once=True)
+def _low_blocks_due(s: Table) -> int:
+    """Return the KV blocks below 16 bits that the decoding requests take in the iteration of this clock."""
+    n, phases, precisions, due = counters_of(s), blocks_due_by_phase_of(s), kv_precisions_of(s), 0
+    for precision in range(1, len(precisions)):
+        due += phases[precision, -n.clock % precisions[precision].block_tokens]
+    return int(due)
+
+
+@compiled(inline=True)
 def blocks_due(s: Table) -> int:
     """Return the KV blocks, over all layers, that the decoding requests take in the iteration of this clock."""
-    n, phases, precisions = counters_of(s), blocks_due_by_phase_of(s), kv_precisions_of(s)
-    due = phases[0, -n.clock % n.block_tokens]
-    if n.formatted_decodes > 0:
-        for precision in range(1, len(precisions)):
-            due += phases[precision, -n.clock % precisions[precision].block_tokens]
-    return int(due)
+    n = counters_of(s)
+    due = blocks_due_by_phase_of(s)[0, -n.clock % n.block_tokens]
+    return int(due + _low_blocks_due(s)) if n.formatted_decodes > 0 else int(due)
 
 
 @compiled()
@@ -159,7 +165,7 @@ def reach_limits(s: Table) -> None:
         i = slots[i].next
 
 
-@compiled()
+@compiled(inline=True)
 def _sum_decode(s: Table, i: int, times: int) -> None:
     """Add slot i, whose record is up to date, to the sums over decodes (times 1), or take it out of them (-1)."""
     n, slot = counters_of(s), slots_of(s)[i]
