@@ -74,7 +74,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
-    """KV of a request on its way from a replica to another.
+    """The KV of one request, sent from one replica to another.
 
     slot, row: of the request where it was. target: where it goes. blocks: KV blocks of one layer that it will need
         there. words: int64[W], the layers whose KV is sent, as in the compiled state. begun_s, ends_s: when the first

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from sim.cost.loss_files import measure_again, read_losses
 from sim.cost.plan import KV_METHODS, KVCompression, Plan
 from sim.errors import CalibrationError
-from sim.json_file import read_json_object
 
 MOST_LOSS = 100.0
 """Largest loss in a file, in nats; measured values are far below."""
@@ -73,14 +73,8 @@ def read_kv_compression_loss(path: Path, text: str, model: str) -> KVCompression
     Raises:
         CalibrationError: if the file is malformed, or of another model.
     """
-    again = "measure it again: python -m hw.score kind=kv_compression"
-    value = read_json_object(path, CalibrationError, again)
-    if value.get("model") != model:
-        raise CalibrationError(
-            f"{path} has costs of compressed KV of the model {value.get('model')!r:.80}, but it must be {model!r}, "
-            f"that of the quality table; put the file of {model} there, or remove it and measure: python -m hw.score "
-            "kind=kv_compression"
-        )
+    again = measure_again("kv_compression")
+    value = read_losses(path, model, costs="costs of compressed KV", kind="kv_compression")
     try:
         rows, prompt_tokens = value["variants"], int(value["prompt_tokens"])
         (base,) = (_mean(row["nll"][text], MOST_LOSS) for row in rows if row["method"] == FULL)

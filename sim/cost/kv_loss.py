@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from sim.cost.loss_files import measure_again, read_losses
 from sim.cost.plan import Plan
 from sim.errors import CalibrationError
-from sim.json_file import read_json_object
 
 MOST_LOSS = 100.0
 """Largest cost of a layer in a file, in nats; measured values are far below."""
@@ -64,13 +64,8 @@ def read_kv_loss(path: Path, text: str, model: str, layers: int) -> KVLoss:
     Raises:
         CalibrationError: if the file is malformed, or of another model.
     """
-    again = "measure it again: python -m hw.score kind=kv_bits"
-    value = read_json_object(path, CalibrationError, again)
-    if value.get("model") != model:
-        raise CalibrationError(
-            f"{path} has costs of KV of the model {value.get('model')!r:.80}, but it must be {model!r}, that of the "
-            f"quality table; put the file of {model} there, or remove it and measure: python -m hw.score kind=kv_bits"
-        )
+    again = measure_again("kv_bits")
+    value = read_losses(path, model, costs="costs of KV", kind="kv_bits")
     fits = value.get("fits")
     fit = fits.get(text) if isinstance(fits, dict) else None
     try:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sim.cost.loss_files import measure_again, read_losses
 from sim.cost.plan import Plan
 from sim.errors import CalibrationError
-from sim.json_file import read_json_object
 from sim.limits import is_whole
 
 MOST_LOSS = 100.0
@@ -72,13 +72,8 @@ def read_kv_only_loss(path: Path, text: str, model: str, layers: int) -> KVOnlyL
     Raises:
         CalibrationError: if the file is malformed, or of another model.
     """
-    again = "measure it again: python -m hw.score kind=pop"
-    value = read_json_object(path, CalibrationError, again)
-    if value.get("model") != model:
-        raise CalibrationError(
-            f"{path} has costs of kv_only of the model {value.get('model')!r:.80}, but it must be {model!r}, that of "
-            f"the quality table; put the file of {model} there, or remove it and measure: python -m hw.score kind=pop"
-        )
+    again = measure_again("pop")
+    value = read_losses(path, model, costs="costs of kv_only", kind="pop")
     try:
         order, costs = value["order"], value["losses"][text]
         if not isinstance(order, list) or not all(map(is_whole, order)) or sorted(order) != list(range(layers)):

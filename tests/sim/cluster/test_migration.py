@@ -145,7 +145,7 @@ def test_no_replica_sends_more_than_its_link_carries_within_the_notice(seed: int
 
 
 def test_an_autoscaler_takes_a_replica_away_that_sends_and_its_request_goes_on() -> None:
-    """The autoscaler wants one replica from 9.5 s on, while the last request of the second one is on its way."""
+    """At 9.5 s the autoscaler wants one replica fewer. The second replica is sending its last request then."""
 
     class FewerAtLast:
         period_s, first = 9.5, 2
