@@ -11,6 +11,8 @@ tokens as a layer keeps.
 
 from __future__ import annotations
 
+from typing import Any
+
 from sim.compiled import compiled, constant
 from sim.engine.kernel.kv import _found_again, _prefix_blocks_in, _release, blocks_of
 from sim.engine.kernel.layout import Table
@@ -19,6 +21,7 @@ from sim.engine.kernel.state import (
     NEVER,
     NO_OWNER,
     WAITING,
+    Ints,
     _has,
     blocks_due_by_phase_of,
     counters_of,
@@ -166,18 +169,26 @@ def reach_limits(s: Table) -> None:
 
 
 @compiled(inline=True)
+def _sum_whole(phases: Ints, held_set: Any, since: int, block_tokens: int, times: int) -> None:
+    """Add a request that keeps all of its KV to the sums over decodes (times 1), or take it out of them (-1).
+
+    At clock c it has since + c tokens; if that is a multiple of block_tokens, its next token needs new KV blocks.
+    phases: ``blocks_due_by_phase``. held_set: its row of ``kv_sets``.
+    """
+    phases[0, since % block_tokens] += times * held_set.layers
+    held_set.decodes += times
+    held_set.context_tokens += times * since
+
+
+@compiled(inline=True)
 def _sum_decode(s: Table, i: int, times: int) -> None:
     """Add slot i, whose record is up to date, to the sums over decodes (times 1), or take it out of them (-1)."""
     n, slot = counters_of(s), slots_of(s)[i]
     if slot.kv_format_id >= 0:
         _sum_formatted(s, i, times)
         return
-    held_set = kv_sets_of(s)[slot.kv_set]
-    # At clock c it has since + c tokens; if that is a multiple of block_tokens, its next token needs new KV blocks.
     since = requests_of(s)[slot.request].computed_tokens - n.clock
-    blocks_due_by_phase_of(s)[0, since % n.block_tokens] += times * held_set.layers
-    held_set.decodes += times
-    held_set.context_tokens += times * since
+    _sum_whole(blocks_due_by_phase_of(s), kv_sets_of(s)[slot.kv_set], since, n.block_tokens, times)
 
 
 @compiled()

@@ -27,6 +27,7 @@ from sim.engine.kernel.state import (
     FINISHED,
     GROW,
     HORIZON,
+    LAYERS_A_WORD,
     NEVER,
     NO_OWNER,
     STALLED,
@@ -61,22 +62,29 @@ from sim.engine.kernel.turns import _end_turn
 # -- the start of an iteration -----------------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(inline=True)
+def _edges(s: Table, word: int) -> int:
+    """Return the layers of a word, as bits, that some KV set has without the layer before, or lacks with it."""
+    words, edges = kv_set_words_of(s), 0
+    for k in range(counters_of(s).kv_set_count):
+        edges |= words[k, word] ^ (words[k, word] << 1)
+    return int(edges)
+
+
+@compiled(inline=True)
 def _as_the_layer_before(s: Table, layer: int) -> bool:
-    """Return whether a layer has the load of the layer before, whatever the batch is."""
-    n, words, one, other = counters_of(s), kv_set_words_of(s), layers_of(s)[layer - 1], layers_of(s)[layer]
-    if (
-        one.bits_index != other.bits_index
-        or one.kv_only != other.kv_only
-        or one.prefill_ffn != other.prefill_ffn
-        or one.decode_ffn != other.decode_ffn
-    ):
-        return False
-    for k in range(n.kv_set_count):
-        if _has(words, k, layer - 1) != _has(words, k, layer):
-            return False
+    """Return whether a layer that is in the same KV sets as the layer before has its load, whatever the batch is."""
+    one, other = layers_of(s)[layer - 1], layers_of(s)[layer]
+    same = one.bits_index == other.bits_index and one.kv_only == other.kv_only
+    same = same and one.prefill_ffn == other.prefill_ffn and one.decode_ffn == other.decode_ffn
+    return bool(same and (counters_of(s).formatted == 0 or _keeps_as_the_layer_before(s, layer)))
+
+
+@compiled()
+def _keeps_as_the_layer_before(s: Table, layer: int) -> bool:
+    """Return whether requests that keep only a part of their KV keep as much in a layer as in the layer before."""
     before, here = layer_kv_of(s)[layer - 1], layer_kv_of(s)[layer]
-    if not n.eager:  # all decodes that keep only a part of their KV are in these sums
+    if not counters_of(s).eager:  # all decodes that keep only a part of their KV are in these sums
         same = before.decodes == here.decodes and before.bytes == here.bytes
         return bool(same and before.token_bytes == here.token_bytes)
     kept, bits = kv_format_tokens_of(s), kv_format_bits_of(s)
@@ -104,11 +112,13 @@ def _fill_layer_loads(s: Table) -> int:
         layer_loads_of(s),
     )
     kept_tokens, kept_bits, precisions = kv_format_tokens_of(s), kv_format_bits_of(s), kv_precisions_of(s)
-    full_bytes, layer_kv = n.block_bytes // n.block_tokens, layer_kv_of(s)  # bytes of the KV of a token at 16 bits
-    count = 0
+    count = edges = 0
     place = 0  # row of the layer before
     for layer in range(len(layers)):
-        if layer > 0 and _as_the_layer_before(s, layer):
+        bit = layer % LAYERS_A_WORD
+        if bit == 0:
+            edges = _edges(s, layer // LAYERS_A_WORD)
+        elif not edges >> bit & 1 and _as_the_layer_before(s, layer):
             loads[place, 0] += 1
             continue
         tokens, contexts, decodes, context, writing = 0, 0, 0, 0, 0
@@ -144,9 +154,12 @@ def _fill_layer_loads(s: Table) -> int:
                 if _has(words, k, layer):
                     decodes += sets[k].decodes
                     context += sets[k].context_tokens + sets[k].decodes * n.clock
-            decodes += layer_kv[layer].decodes
-            stored += layer_kv[layer].bytes + layer_kv[layer].token_bytes * n.clock
-        context += stored // full_bytes  # as many tokens at 16 bits have the bytes that the decodes read
+            if n.formatted_decodes > 0:
+                layer_kv = layer_kv_of(s)[layer]
+                decodes += layer_kv.decodes
+                stored += layer_kv.bytes + layer_kv.token_bytes * n.clock
+        if stored > 0:  # as many tokens at 16 bits have the bytes that the decodes read
+            context += stored // (n.block_bytes // n.block_tokens)
         bits, runs = layers[layer].bits_index, layers[layer]
         ffn = (n.batch_ends if kv_only else n.batch_prefill_tokens) * runs.prefill_ffn
         ffn += n.batch_decodes * runs.decode_ffn

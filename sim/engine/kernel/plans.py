@@ -14,7 +14,7 @@ import numpy as np
 from sim.compiled import compiled
 from sim.cost.streaming import SHARED_LINK, stream_ready_s
 from sim.engine.kernel.admission import queue_due_s, take_arrivals, wait_ends_s
-from sim.engine.kernel.decodes import ONE, _preempt, _sum_decode, empty_sums, settle
+from sim.engine.kernel.decodes import ONE, _preempt, _sum_decode, _sum_whole, empty_sums, settle
 from sim.engine.kernel.kv import _blocks, _release, blocks_of, forget_host_kv, forget_kept_kv, resize_pool
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _forget_prefix_blocks
@@ -32,6 +32,7 @@ from sim.engine.kernel.state import (
     Ints,
     _has,
     block_counts_of,
+    blocks_due_by_phase_of,
     budget_of,
     candidate_sets_of,
     copies_of,
@@ -280,6 +281,8 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         prefix_blocks_of(s),
     )
     end, formatted = len(slots) - 1, n.formatted > 0
+    # Read once: the compiler cannot know that the loop over the slots does not change them.
+    clock, block_tokens, phases = n.clock, n.block_tokens, blocks_due_by_phase_of(s)
     # The freed blocks are the difference of the held blocks before and after. Where no KV is cut or quantized, all
     # layers of a request have equally many blocks, so the dropped layers times that number suffice.
     freed = 0
@@ -296,13 +299,15 @@ def _change_sets(s: Table, count: int, decode: Ints) -> None:
         decodes = due_clocks_of(s)[i] != NEVER
         after = remap[before].decode if decodes else remap[before].prefill
         slots[i].kv_set = after
-        if decodes:
+        if decodes and formatted:
             _sum_decode(s, i, ONE)
+        elif decodes:
+            _sum_whole(phases, sets[after], tokens - clock, block_tokens, ONE)
         if formatted:
             freed -= blocks_of(s, i, tokens)
         elif sets[after].layers != remap[before].layers_before:
             dropped = remap[before].layers_before - sets[after].layers
-            freed += dropped * (_blocks(tokens, n.block_tokens) - slots[i].shared_blocks)
+            freed += dropped * (_blocks(tokens, block_tokens) - slots[i].shared_blocks)
         i = slots[i].next
     for number in range(1, n.prefix_block_count + 1):
         if blocks[number].holders > 0:
@@ -360,12 +365,13 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
     n.stream_id = row.stream_id
     n.max_running = min(n.slots, row.max_running) if row.max_running >= 0 else n.slots
     block_counts, layers = block_counts_of(s), layers_of(s)
+    wanted_counts, wanted_layers = residency_block_counts_of(s)[residency], residency_layers_of(s)[residency]
     columns = block_counts.shape[1]
     for i in range(block_counts.shape[0]):
         for j in range(columns):
-            block_counts[i, j] = residency_block_counts_of(s)[residency, columns * i + j]
+            block_counts[i, j] = wanted_counts[columns * i + j]
     for layer in range(len(layers)):
-        wanted = residency_layers_of(s)[residency, layer]
+        wanted = wanted_layers[layer]
         layers[layer].bits_index = wanted.bits_index
         layers[layer].prefill_ffn, layers[layer].decode_ffn = wanted.prefill_ffn, wanted.decode_ffn
         layers[layer].kv_only = wanted.kv_only
