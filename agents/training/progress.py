@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sim.atomic import errors_name
 from sim.results.run_folder import write_text
 
 COLUMNS = (
@@ -50,7 +51,7 @@ class Progress:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row to the file."""
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with errors_name(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row.values())
 
     def print(self, row: Mapping[str, Any]) -> None:

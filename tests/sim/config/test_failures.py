@@ -72,6 +72,8 @@ def test_what_the_system_refuses_is_explained_in_one_line() -> None:
         explain(full)
         == "runs/x: No space left on device; free some space, or write elsewhere with hydra.run.dir=FOLDER"
     )
+    assert explain(full, "out=PATH").endswith("; free some space, or write elsewhere with out=PATH")
+    assert explain(full, "").endswith("; free some space")
     assert explain(MemoryError()) == "not enough memory; use a smaller trace, or fewer workers"
     assert explain(OSError("odd")) == "odd"
     with pytest.raises(Exception) as missing:  # noqa: PT011
