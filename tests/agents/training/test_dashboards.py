@@ -75,6 +75,7 @@ def test_a_training_writes_losses_divergence_entropy_and_utility(
     steps = [event.step for event in events.Scalars("learner/entropy")]
     assert len(steps) == 4
     assert steps == sorted(set(steps))
+    assert all(0 < event.value < 1 for event in events.Scalars("learner/mean_kl_loss"))
     last = events.Scalars("validation/utility")[-1]
     row = (tmp_path / "progress.csv").read_text().splitlines()[-1].split(",")
     assert (last.step, round(last.value, 4)) == (int(row[2]), round(float(row[4]), 4))
