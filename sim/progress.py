@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 T = TypeVar("T")
 _shown = False
@@ -69,14 +71,26 @@ def progress(what: str, total: float, unit: str, stream: TextIO | None = None) -
         _shown = False
 
 
+class _Yielding(TextColumn):
+    """Text that is cut, in one line, where a terminal is too narrow for it and the times."""
+
+    def __init__(self, text_format: str) -> None:
+        super().__init__(text_format, table_column=Column())  # without no_wrap, so that it gives way first
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 @contextmanager
 def _bar(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Report]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]} {task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _Yielding("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]} {task.fields[note]}"),
+        TimeElapsedColumn(Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=Console(file=stream), transient=True) as bar:
         task = bar.add_task(what, total=total, unit=unit, note="")

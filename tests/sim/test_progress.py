@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import time
 from pathlib import Path
 
@@ -67,11 +68,27 @@ def test_a_short_task_prints_nothing() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_shows_one_line_with_both_times(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with progress.progress("replaying", 1_608_380, "requests", stream) as report:
+        report(1_234_567, "at 25,373 s of the trace")
+        time.sleep(0.3)  # the bar is drawn ten times a second
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()))
+    drawn = [line for line in lines if line.strip()]
+    assert drawn
+    assert all(line.startswith("replaying ") and len(line) <= columns for line in drawn)
+    assert re.search(r"…\s+0:00:0\d [-:\d]{7}$", drawn[-1].rstrip())
+
+
+def test_a_terminal_gets_a_bar() -> None:
     stream = Terminal()
     with progress.progress("scoring", 4, "plans", stream) as report:
         assert counted(itertools.repeat("plan", 4), report) == ["plan"] * 4
