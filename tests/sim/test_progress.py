@@ -27,6 +27,7 @@ def test_a_duration_reads_like_one(seconds: float, text: str) -> None:
 def test_a_line_extrapolates_the_time_left_and_says_none_before_anything_is_done() -> None:
     assert line("replaying", 400, "requests", 100, "", 5.0) == "replaying: 100 of 400 requests, 5 s, about 15 s left"
     assert line("replaying", 400, "requests", 0, "at 3 s", 5.0) == "replaying: 0 of 400 requests at 3 s, 5 s"
+    assert line("training", 100, "%", 60, "", 5.0, begun=50) == "training: 60 of 100 %, 5 s, about 20 s left"
     assert line("replaying", 0, "requests", 0, "", 5.0) == "replaying: 0 of 0 requests, 5 s"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.envs.cluster import ClusterSetting
@@ -27,7 +27,7 @@ from agents.training.demonstrations import phase_demonstrations
 from agents.training.export import export_network
 from agents.training.modules import actor_logits, learner_module
 from agents.training.progress import COLUMNS, Progress
-from agents.training.train import build_algorithm, current_network, environment_kwargs, train
+from agents.training.train import build_algorithm, current_network, environment_kwargs, limit_share, train
 from agents.training.validation import CountedActs, validation_clusters, validation_systems
 from sim.config import CONF_DIR, build
 from sim.disaggregate.learned_roles import learned_roles
@@ -375,3 +375,12 @@ def test_a_training_killed_with_signal_9_resumes_at_its_last_checkpoint(tmp_path
     assert rows["iteration"].tolist() == list(range(1, reached + 4))
     assert rows["env_steps"].is_monotonic_increasing
     assert rows["best_utility"].is_monotonic_increasing
+
+
+def test_progress_counts_towards_the_limit_that_ends_the_training_first() -> None:
+    limits = OmegaConf.create({"minutes": 10.0, "iterations": 6})
+    assert limit_share(limits, {"seconds": 12.0, "iteration": 3}) == 0.5
+    assert limit_share(limits, {"seconds": 450.0, "iteration": 3}) == 0.75
+    assert limit_share(limits, {"seconds": 700.0, "iteration": 5}) == 1.0
+    limits.iterations = None
+    assert limit_share(limits, {"seconds": 60.0, "iteration": 3}) == 0.1
