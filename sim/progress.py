@@ -94,7 +94,14 @@ def _bar(what: str, total: float, unit: str, stream: TextIO, begun: float) -> It
         TimeElapsedColumn(Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+    # What is printed to the same terminal goes above the bar; a file or a pipe gets it as it is.
+    with Progress(
+        *columns,
+        console=Console(file=stream),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    ) as bar:
         task = bar.add_task(what, total=total, unit=unit, note="")
         bar.update(task, completed=begun)
         yield lambda done, note="": bar.update(task, completed=done, note=note)

@@ -165,7 +165,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
     check_training(cfg)
     check_wandb(cfg.wandb)
     checkpoints = Checkpoints(folder)
-    progress = Progress(folder / "progress.csv", console := Console())
+    progress, console = Progress(folder / "progress.csv"), Console()
     resuming = checkpoints.last() is not None
     if (resuming or progress.has_rows()) and not cfg.resume:
         raise ConfigError(

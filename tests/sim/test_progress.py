@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_a_narrow_terminal_shows_one_line_with_both_times(columns: int, monkeypa
     assert drawn
     assert all(line.startswith("replaying ") and len(line) <= columns for line in drawn)
     assert re.search(r"…\s+0:00:0\d [-:\d]{7}$", drawn[-1].rstrip())
+
+
+@pytest.mark.parametrize("same_terminal", [True, False])
+def test_a_line_printed_during_a_bar_goes_above_it_or_to_its_own_file(
+    same_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", output := stream if same_terminal else io.StringIO())
+    with progress.progress("training", 4, "iterations", stream) as report:
+        report(1)
+        time.sleep(0.3)  # the bar is drawn ten times a second
+        print("iteration 1 is done")
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue()))
+    assert "iteration 1 is done" in [line.rstrip() for line in lines]
+    assert same_terminal or "iteration 1" not in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar() -> None:

@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.roles import RolesSetting
@@ -155,7 +154,7 @@ def test_law_9_a_training_that_resumes_equals_the_unbroken_one(
 
 
 def test_a_row_that_a_killed_run_cut_and_a_column_of_later_versions_do_not_stop_a_resume(tmp_path: Path) -> None:
-    progress = Progress(tmp_path / "progress.csv", Console())
+    progress = Progress(tmp_path / "progress.csv")
     progress.path.write_text("iteration,seconds,env_steps,episode_return\n1,2.0,3,4.0\n2,2.5,4,5.0\n3,2.")
     progress.rewind(2)
     rows = pd.read_csv(progress.path)
@@ -172,7 +171,7 @@ def test_a_network_that_always_chooses_one_action_is_reported_as_such(capsys: py
     acts(np.zeros((5, 2), np.float32), np.array([[True, False, False]] * 5))
     assert acts.top_share == 0.5
     row = dict.fromkeys(COLUMNS, 1.0) | {"iteration": 1, "env_steps": 2}
-    Progress(Path("unused"), Console(width=200)).print(row)
+    Progress(Path("unused")).print(row)
     assert "one action in every decision" in capsys.readouterr().out
 
 
