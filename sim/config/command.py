@@ -125,10 +125,6 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
             except JobFailedError as error:  # in a process of its own, whose counts are not those of this one
                 failed = failed_jobs()
                 elsewhere = f"{failed} job{'s' if failed > 1 else ''} failed, the first: {error}"
-            except OSError as error:
-                if NoteFolder.folder is not None and error.filename is None:  # the only file that Hydra writes
-                    error.filename = str(NoteFolder.folder / SWEEP_FILE)
-                raise
             except ValueError as error:
                 if job.count:
                     raise
@@ -141,6 +137,10 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
                         f"there is no hydra/launcher={named[1]}; allowed: basic, joblib "
                         f"({how_to_install('hydra_joblib_launcher')}), ray ({how_to_install('ray')})"
                     ) from error
+                raise
+            except OSError as error:  # after Hydra's own, some of which are such errors too
+                if NoteFolder.folder is not None and error.filename is None:  # the only file that Hydra writes
+                    error.filename = str(NoteFolder.folder / SWEEP_FILE)
                 raise
             finally:
                 sys.argv[1:] = [*arguments.options, *arguments.overrides]
