@@ -64,28 +64,53 @@ def cells_of(figures: Mapping[str, Any], quality: str) -> list[Mapping[str, Any]
 
 
 def by_load_table(figures: Mapping[str, Any], quality: str) -> str:
-    """Return the table of utilities by budget and load."""
-    rows = []
-    for cell in cells_of(figures, quality):
-        knobs = cell["knobs"]
-        best = max(knobs, key=lambda label: knobs[label]["utility"])
-        where = {"budget (GB)": cell["budget_bytes"] / GB, "load": cell["load"]}
-        rows.append({**where, **{label: knobs[label]["utility"] for label in knobs}, "best": best})
-    knobs = cells_of(figures, quality)[0]["knobs"]
-    return table(rows, {"budget (GB)": ".1f", "load": "g"} | dict.fromkeys(knobs, ".3f"), left=2)
+    """Return the table of utilities: a row for each knob, a column for each budget and load; the best is bold."""
+    cells = cells_of(figures, quality)
+    best = [max(found["utility"] for found in cell["knobs"].values()) for cell in cells]
+    return table(
+        [
+            {"knob": label}
+            | {
+                _where(cell): ("**{:.3f}**" if cell["knobs"][label]["utility"] == top else "{:.3f}").format(
+                    cell["knobs"][label]["utility"]
+                )
+                for cell, top in zip(cells, best, strict=True)
+            }
+            for label in cells[0]["knobs"]
+        ],
+        {},
+    )
+
+
+def _where(cell: Mapping[str, Any]) -> str:
+    return f"{cell['budget_bytes'] / GB:.0f} GB, {cell['load']:g}"
 
 
 def steps_table(figures: Mapping[str, Any], quality: str) -> str:
-    """Return the table of the steps that validation windows chose."""
+    """Return the table of the steps that validation windows chose, a row for each budget and load."""
     return table(
         [
-            {"budget (GB)": cell["budget_bytes"] / GB, "load": cell["load"]}
+            {"budget, load": _where(cell)}
             | {label: found["step"] for label, found in cell["knobs"].items() if label != DENSE}
             for cell in cells_of(figures, quality)
         ],
-        {"budget (GB)": ".1f", "load": "g"},
-        left=2,
+        {},
     )
+
+
+def combined_table(figures: Mapping[str, Any]) -> str:
+    """Return the table of the combinations that lose least under both bounds."""
+    rows = []
+    for row in figures["combined"]:
+        cells: dict[str, Any] = {"decodes": row["batch"], "frees (GB)": row["freed_gb"], "link": row["link"]}
+        cells["times dense, at most"] = row["times_dense"]
+        for quality, best in row["best"].items():
+            name = _short(quality)
+            cells[f"best, {name}"] = "none" if best is None else best["plan"]
+            cells[f"loss, {name}"] = "-" if best is None else f"{best['loss_nats']:.3f}"
+            cells[f"times dense, {name}"] = "-" if best is None else f"{best['times_dense']:.2f}"
+        rows.append(cells)
+    return table(rows, {"frees (GB)": "g", "times dense, at most": "g"}, left=3)
 
 
 def difference(cell: Mapping[str, Any], label: str, other: str) -> tuple[float, float]:
@@ -134,6 +159,8 @@ def page(figures: Mapping[str, Any]) -> str:
         equal_bytes=equal_bytes_table(figures),
         qualities=qualities,
         by_load={name: by_load_table(figures, name) for name in qualities},
+        combined=combined_table(figures),
+        plans=figures["combined"][0]["plans"],
         steps=steps_table(figures, qualities[0]),
         against_dropping={name: against_dropping(figures, name) for name in qualities},
         wins={name: wins(figures, name) for name in qualities},
