@@ -27,6 +27,7 @@ from hw.score.orders import (
 from hw.score.pop import score_pop
 from hw.score.pop_page import page as pop_page_of
 from hw.score.report import scores_page
+from hw.score.width import score_width
 from sim.config import one_thread, run_command
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
@@ -46,6 +47,7 @@ MEASURED: dict[str, Callable[[Job], None]] = {
     "kv_bits": score_kv_bits,
     "pop": score_pop,
     "kv_compression": score_kv_compression,
+    "width": score_width,
     "full_test": score_full_test,
     "samples": score_samples,
     "generation": score_generation,
