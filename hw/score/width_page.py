@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.quality import Text
 from sim.pages.render import commit_of, render, table
 from sim.results.plots import figure_file, line_style
@@ -27,11 +28,13 @@ ALIKE = 0.005
 class Loss:
     """What a variant loses over the dense model on test text.
 
-    mean: nats per token. error: its standard error over windows. chosen_by: its mean on calibration text.
+    layers: how many are cut. mean: nats per token. error: its standard error over windows. chosen_by: its mean on
+    calibration text.
     """
 
     kind: str
     setting: str
+    layers: int
     freed: int
     mean: float
     error: float
@@ -41,6 +44,11 @@ class Loss:
     def text(self) -> str:
         """The loss with its standard error."""
         return f"{self.mean:.3f} ± {self.error:.3f}"
+
+    @property
+    def named(self) -> str:
+        """The setting, with the number of layers that are cut, if any."""
+        return f"{self.layers} layers to {self.setting}" if self.layers else self.setting
 
 
 def mean_loss(row: Mapping[str, Any], dense: Mapping[str, Any], text: Text) -> float:
@@ -58,7 +66,8 @@ def losses(figures: Mapping[str, Any]) -> list[Loss]:
         difference = np.array(row["nll"]["test"]) - np.array(dense["nll"]["test"])
         error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
         mean, chosen_by = mean_loss(row, dense, "test"), mean_loss(row, dense, "calibration")
-        found.append(Loss(row["kind"], row["setting"], row["freed_bytes"], mean, error, chosen_by))
+        layers = sum(width < FULL_WIDTH for width in row["widths"])
+        found.append(Loss(row["kind"], row["setting"], layers, row["freed_bytes"], mean, error, chosen_by))
     return found
 
 
@@ -100,7 +109,7 @@ def equal_table(figures: Mapping[str, Any]) -> str:
         }
         for kind in WAYS:
             one = found[kind]
-            row[kind] = None if one is None else one.setting
+            row[kind] = None if one is None else one.named
             row[f"loss: {kind}"] = None if one is None else one.text
         rows.append(row)
     return table(rows, {"freed (MiB)": ".1f", "of all weights": ".1%"})
@@ -113,7 +122,7 @@ def width_table(figures: Mapping[str, Any]) -> str:
     return table(
         [
             {
-                "cut to": one.setting,
+                "cut": one.named,
                 "freed (MiB)": one.freed / MIB,
                 "loss (nats)": one.text,
                 "perplexity over dense": math.exp(one.mean),

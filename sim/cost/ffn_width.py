@@ -6,6 +6,7 @@ from sim.errors import PlanError
 
 FFN_WIDTHS = (8, 7, 6, 5)
 """Widths in eighths: those of AmoebaLLM (arXiv 2411.10606), 1, 7/8, 3/4 and 5/8."""
+FULL_WIDTH = max(FFN_WIDTHS)
 CHANNEL_MULTIPLE = 64
 """Channels of a slice are a multiple of this, so that products keep shapes for which GPUs have fast kernels."""
 
@@ -20,5 +21,5 @@ def ffn_channels(intermediate_size: int, width: int) -> int:
     """
     if width not in FFN_WIDTHS:
         raise PlanError(f"an FFN width is {width!r} eighths; allowed are {', '.join(map(str, FFN_WIDTHS))}")
-    exact = -(-intermediate_size * width // 8)
+    exact = -(-intermediate_size * width // FULL_WIDTH)
     return min(intermediate_size, -(-exact // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE)

@@ -21,7 +21,10 @@ from sim.cost.ffn_width import FFN_WIDTHS, ffn_channels  # noqa: E402
 from sim.cost.memory import ffn_weight_bytes, weight_bytes  # noqa: E402
 from sim.cost.model_spec import load_model  # noqa: E402
 from sim.cost.plan import dense_plan  # noqa: E402
+from sim.cost.quality import QUALITIES  # noqa: E402
 from sim.errors import PlanError  # noqa: E402
+from sim.json_file import read_json_object  # noqa: E402
+from sim.paths import RESULTS  # noqa: E402
 from sim.results.run_folder import write_json  # noqa: E402
 from tests.hw.elastic.test_model import some_tokens  # noqa: E402
 from tests.hw.score.test_score import LAYERS as CHECKPOINT_LAYERS  # noqa: E402
@@ -238,6 +241,17 @@ def test_at_equal_bytes_the_least_loss_on_calibration_text_is_chosen() -> None:
     a, b = listed[0], listed[1]
     assert beyond(b, a)
     assert not beyond(a, b)
+
+
+def test_the_committed_page_is_what_the_committed_figures_give() -> None:
+    figures = read_json_object(QUALITIES / "ffn_width" / "smollm2_135m.json", ValueError, "")
+    assert page(figures) == (RESULTS / "width" / "index.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_fits_are_those_of_the_committed_losses() -> None:
+    figures = read_json_object(QUALITIES / "ffn_width" / "smollm2_135m.json", ValueError, "")
+    for text in ("calibration", "test"):
+        assert fit_width(figures["variants"], text) == figures["fits"][text]
 
 
 SETTINGS = ("width.tokens=80", "width.layers=[1]", "width.mixed=2")
