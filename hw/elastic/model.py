@@ -402,7 +402,7 @@ class ElasticModel:
 
 
 def refuse_compressed_kv(plan: Plan) -> None:
-    """Check that a plan does not compress KV, which the real engine cannot.
+    """Check that a plan does not compress KV or keep hidden states in its place, which the real engine cannot.
 
     Raises:
         PlanError: if it does.
@@ -412,6 +412,11 @@ def refuse_compressed_kv(plan: Plan) -> None:
             f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "
             "channels of a token at one precision; use kv_keep or kv_bits, or simulate the plan (python -m hw.score "
             "kind=kv_compression measures its loss)"
+        )
+    if plan.kv_hidden:
+        raise PlanError(
+            "the real engine cannot keep hidden states in place of keys and values (kv_hidden): its attention reads "
+            "keys and values; use kv_bits, or simulate the plan"
         )
 
 
