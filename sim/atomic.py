@@ -46,6 +46,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Let an error of the system inside the ``with`` block name ``path`` if it names no file, as those of a write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def sole_writer(folder: Path, complete: Collection[str] = ()) -> Iterator[None]:
     """Let one process at a time write into a folder, and none into one that is complete.
 

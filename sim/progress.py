@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 T = TypeVar("T")
 _shown = False
@@ -49,12 +51,14 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: float, unit: str, stream: TextIO | None = None) -> Iterator[Report]:
+def progress(
+    what: str, total: float, unit: str, stream: TextIO | None = None, *, begun: float = 0.0
+) -> Iterator[Report]:
     """Show progress of the task inside the ``with`` block; inside another such block, and in its processes, nothing.
 
     Args:
         what: names the task, such as "replaying". total: its size, in units. unit: their name, such as "requests".
-        stream: where to show it; stderr if None.
+        stream: where to show it; stderr if None. begun: what an earlier process has done, for the time left.
     """
     global _shown
     stream = stream or sys.stderr
@@ -63,30 +67,50 @@ def progress(what: str, total: float, unit: str, stream: TextIO | None = None) -
         return
     _shown = True
     try:
-        with (_bar if stream.isatty() else _lines)(what, total, unit, stream) as report:
+        with (_bar if stream.isatty() else _lines)(what, total, unit, stream, begun) as report:
             yield report
     finally:
         _shown = False
 
 
+class _Yielding(TextColumn):
+    """Text that is cut, in one line, where a terminal is too narrow for it and the times."""
+
+    def __init__(self, text_format: str) -> None:
+        super().__init__(text_format, table_column=Column())  # without no_wrap, so that it gives way first
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 @contextmanager
-def _bar(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Report]:
+def _bar(what: str, total: float, unit: str, stream: TextIO, begun: float) -> Iterator[Report]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]} {task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _Yielding("{task.completed:,.0f} of {task.total:,.0f} {task.fields[unit]} {task.fields[note]}"),
+        TimeElapsedColumn(Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+    # What is printed to the same terminal goes above the bar; a file or a pipe gets it as it is.
+    with Progress(
+        *columns,
+        console=Console(file=stream),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    ) as bar:
         task = bar.add_task(what, total=total, unit=unit, note="")
+        bar.update(task, completed=begun)
         yield lambda done, note="": bar.update(task, completed=done, note=note)
 
 
 @contextmanager
-def _lines(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Report]:
+def _lines(what: str, total: float, unit: str, stream: TextIO, begun: float) -> Iterator[Report]:
     started_s = time.monotonic()
-    state: tuple[float, str] = (0.0, "")
+    state: tuple[float, str] = (begun, "")
     ended = threading.Event()
 
     def report(done: float, note: str = "") -> None:
@@ -97,7 +121,7 @@ def _lines(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Repor
         wait_s = FIRST_LINE_S
         while not ended.wait(wait_s):
             elapsed_s = time.monotonic() - started_s
-            print(line(what, total, unit, *state, elapsed_s), file=stream, flush=True)
+            print(line(what, total, unit, *state, elapsed_s, begun), file=stream, flush=True)
             wait_s = LINE_EVERY_S if elapsed_s < LATER_LINE_EVERY_S else LATER_LINE_EVERY_S
 
     printer = threading.Thread(target=print_now_and_then, name="progress", daemon=True)
@@ -109,9 +133,9 @@ def _lines(what: str, total: float, unit: str, stream: TextIO) -> Iterator[Repor
         printer.join()
 
 
-def line(what: str, total: float, unit: str, done: float, note: str, elapsed_s: float) -> str:
+def line(what: str, total: float, unit: str, done: float, note: str, elapsed_s: float, begun: float = 0.0) -> str:
     """Return one line of progress, such as ``replaying: 120 of 400 requests, 6 s, about 14 s left``."""
-    left = f", about {duration(elapsed_s * (total - done) / done)} left" if 0 < done <= total else ""
+    left = f", about {duration(elapsed_s * (total - done) / (done - begun))} left" if begun < done <= total else ""
     return f"{what}: {done:,.0f} of {total:,.0f} {unit}{' ' + note if note else ''}, {duration(elapsed_s)}{left}"
 
 

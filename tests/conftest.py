@@ -121,7 +121,7 @@ def shown_progress(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
     tasks: list[Shown] = []
 
     @contextmanager
-    def record(what: str, total: float, unit: str, stream: object) -> Iterator[Callable[..., None]]:
+    def record(what: str, total: float, unit: str, stream: object, begun: float) -> Iterator[Callable[..., None]]:
         tasks.append(task := Shown(what, total))
 
         def report(done: float, note: str = "") -> None:

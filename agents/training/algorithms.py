@@ -18,7 +18,7 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from agents.training.episodes import FILE, read_recorded
-from agents.training.modules import MaskedDQN, MaskedPPO
+from agents.training.modules import MaskedDQN, MaskedPPO, ReportsDivergence
 from agents.training.prelearner import CheckedPreLearner
 from sim.paths import REPOSITORY
 
@@ -159,6 +159,7 @@ def ppo(
         use_kl_loss=False,
         grad_clip=10.0,
     )
+    config = config.learners(learner_class=ReportsDivergence)
     return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False, heads=setup.heads)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ray import cloudpickle
 
 from agents.training.runner_state import restore_runner, runner_state
+from sim.atomic import errors_name
 from sim.errors import ConfigError
 from sim.results.run_folder import write_json
 
@@ -54,17 +55,25 @@ class Checkpoints:
         """Save the algorithm with its replay buffer, then delete all earlier checkpoints.
 
         A training that was killed while it saved or deleted one has left a part of it, which is deleted too.
+
+        Raises:
+            OSError: if the disk is full; the earlier checkpoint stays, and nothing of this one does.
         """
         name = f"checkpoint_{status['iteration']:06d}"
         path = self.folder / name
         shutil.rmtree(path, ignore_errors=True)
-        algorithm.save_to_path(path.absolute())
-        if algorithm.local_replay_buffer is not None:
-            with (path / BUFFER).open("wb") as file:
-                pickle.dump(algorithm.local_replay_buffer.get_state(), file, protocol=pickle.HIGHEST_PROTOCOL)
-        with (path / RUNNER).open("wb") as file:
-            cloudpickle.dump(runner_state(algorithm), file)  # type: ignore[no-untyped-call]
-        write_json(self.pointer, {**status, "checkpoint": name})
+        try:
+            with errors_name(path):
+                algorithm.save_to_path(path.absolute())
+                if algorithm.local_replay_buffer is not None:
+                    with (path / BUFFER).open("wb") as file:
+                        pickle.dump(algorithm.local_replay_buffer.get_state(), file, protocol=pickle.HIGHEST_PROTOCOL)
+                with (path / RUNNER).open("wb") as file:
+                    cloudpickle.dump(runner_state(algorithm), file)  # type: ignore[no-untyped-call]
+            write_json(self.pointer, {**status, "checkpoint": name})
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         for other in self.folder.iterdir():
             if NAME.fullmatch(other.name) and other.name != name:
                 shutil.rmtree(other, ignore_errors=True)

@@ -12,13 +12,19 @@ import contextlib
 import math
 import numbers
 import os
+import socket
+import struct
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import scalar
 
+from sim.atomic import errors_name
 from sim.errors import ConfigError
 
 FOLDER = "tensorboard"
@@ -51,6 +57,34 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", float(value)
 
 
+class EventFile:
+    """TensorBoard's file of one training, written at once: a full disk is an error here, and not in a thread."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def append(self, scalars: Mapping[str, float], steps: int) -> None:
+        """Append tag -> value at this number of environment steps.
+
+        Raises:
+            OSError: if the file cannot be written; it names the file.
+        """
+        self._append(*(Event(wall_time=time.time(), step=steps, summary=scalar(*one)) for one in scalars.items()))
+
+    def _append(self, *events: Any) -> None:
+        with errors_name(self.path), self.path.open("ab") as file:
+            for event in events:
+                data = event.SerializeToString()
+                length = struct.pack("<Q", len(data))
+                file.write(length + _checksum(length) + data + _checksum(data))
+
+
+def _checksum(data: bytes) -> bytes:
+    return struct.pack("<I", masked_crc32c(data))
+
+
 class Dashboards:
     """Writes scalars, with the environment steps so far as the horizontal axis."""
 
@@ -61,7 +95,7 @@ class Dashboards:
             ConfigError: if Weights & Biases refuses, for example without a login.
         """
         self.run = _wandb_run(folder, cfg) if cfg.wandb else None
-        self.writer = SummaryWriter(str(folder / FOLDER))
+        self.events = EventFile(folder / FOLDER)
 
     def iteration(self, result: Mapping[str, Any]) -> None:
         """Write what the learners report."""
@@ -73,14 +107,12 @@ class Dashboards:
         self._write(scalars, int(row["env_steps"]))
 
     def _write(self, scalars: Mapping[str, float], steps: int) -> None:
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, steps)
+        self.events.append(scalars, steps)
         if self.run is not None and scalars:
             self.run.log({**scalars, "env_steps": steps})
 
     def close(self) -> None:
-        """Write out what is still in memory."""
-        self.writer.close()
+        """End the run of Weights & Biases."""
         if self.run is not None:
             self.run.finish()
 

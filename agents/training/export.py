@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from agents.training.model_card import model_card
 from sim.atomic import write_whole
@@ -174,7 +174,7 @@ def write_policy(path: Path, network: Network, about: Mapping[str, Any]) -> None
     for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
         # safetensors writes the memory of an array as it lies, so a transposed view must become contiguous first.
         arrays[f"{i}.weight"], arrays[f"{i}.bias"] = np.ascontiguousarray(weight), np.ascontiguousarray(bias)
-    write_whole(path.with_suffix(".safetensors"), lambda part: save_file(arrays, part))
+    write_whole(path.with_suffix(".safetensors"), lambda part: part.write_bytes(save(arrays)))
     write_json(path, about)
 
 

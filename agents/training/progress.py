@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from sim.atomic import errors_name
 from sim.results.run_folder import write_text
 
 COLUMNS = (
@@ -27,10 +26,10 @@ COLUMNS = (
 
 
 class Progress:
-    """The file, and the lines of progress on the console."""
+    """The file, and the lines of progress on stdout."""
 
-    def __init__(self, path: Path, console: Console) -> None:
-        self.path, self.console = path, console
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def start(self) -> None:
         """Write the header."""
@@ -50,18 +49,17 @@ class Progress:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row to the file."""
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with errors_name(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row.values())
 
     def print(self, row: Mapping[str, Any]) -> None:
-        """Print a row to the console; say so if the validated policy always chose the same action."""
+        """Print a row; say so if the validated policy always chose the same action."""
         alone = "; one action in every decision" if row["top_action_share"] == 1.0 else ""
-        self.console.print(
+        print(  # by Python's own print, which a progress bar on the same terminal makes room for
             f"{row['seconds']:7.0f} s  iteration {row['iteration']:5d}  {row['env_steps']:9,d} steps  "
             f"return {row['episode_return']:8.3f}  validation utility {row['validation_utility']:.4f} "
             f"(best {row['best_utility']:.4f}){alone}",
-            highlight=False,
-            soft_wrap=True,
+            flush=True,
         )
 
 

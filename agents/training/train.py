@@ -165,7 +165,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
     check_training(cfg)
     check_wandb(cfg.wandb)
     checkpoints = Checkpoints(folder)
-    progress = Progress(folder / "progress.csv", console := Console())
+    progress, console = Progress(folder / "progress.csv"), Console()
     resuming = checkpoints.last() is not None
     if (resuming or progress.has_rows()) and not cfg.resume:
         raise ConfigError(
@@ -197,7 +197,8 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
             if on_validation is not None:
                 on_validation(row)
 
-        with contextlib.closing(dashboards), show_progress("training", 60.0 * cfg.minutes, "s") as report:
+        shown = show_progress("training", 100.0, "%", begun=100.0 * limit_share(cfg, status))
+        with contextlib.closing(dashboards), shown as report:
             _iterate(cfg, algorithm, status, checkpoints, progress, validated, dashboards.iteration, report)
     finally:
         algorithm.stop()
@@ -207,6 +208,14 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         soft_wrap=True,
     )
     return float(status["best"])
+
+
+def limit_share(cfg: DictConfig, status: Mapping[str, Any]) -> float:
+    """Return how much of ``minutes`` or of ``iterations``, whichever ends first, is used, in [0, 1]."""
+    share = status["seconds"] / (60.0 * cfg.minutes)
+    if cfg.iterations is not None:
+        share = max(share, status["iteration"] / cfg.iterations)
+    return min(1.0, float(share))
 
 
 def _iterate(
@@ -227,7 +236,7 @@ def _iterate(
         result = algorithm.train()
         status["iteration"] += 1
         status["seconds"] = time.monotonic() - started_s
-        report(status["seconds"], f"at iteration {status['iteration']}")
+        report(100.0 * limit_share(cfg, status), f"at iteration {status['iteration']}")
         on_iteration(result)
         stop = status["seconds"] >= 60.0 * cfg.minutes
         stop |= cfg.iterations is not None and status["iteration"] >= cfg.iterations

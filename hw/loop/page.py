@@ -28,6 +28,8 @@ def page(content: Mapping[str, Any]) -> str:
         cells=_cells_table(verdict),
         pairs=_pairs_table(verdict),
         missed=[row for row in verdict["level"]["cells"] if not row["holds"]],
+        ranged=[row["in_range"] for row in verdict["level"]["cells"] if "in_range" in row],
+        run_speeds=content["predictions"].get("run_speeds", []),
         requests=[int(one["requests"]) for one in content["predictions"]["windows"].values()],
     )
 
@@ -86,6 +88,7 @@ def _cells_table(verdict: Mapping[str, Any]) -> str:
             "policy": row["policy"],
             "repeats": ", ".join(f"{value:.3f}" for value in row["repeats"]),
             "simulated": row["simulated"],
+            **({"range": f"{row['least']:.3f} to {row['most']:.3f}"} if "least" in row else {}),
             "real": row["real"],
             "error": ("{}" if row["holds"] else "**{}**").format(f"{row['error']:+.4f}"),
             "noise floor": row["noise_floor"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hw.calibrate.calibration import calibration_content
 from hw.checkup.policies import serve
 from hw.loop.settings import cells, check_windows, description, run_config
 from hw.validate.compare import read_run
-from hw.validate.machine_speed import MachineFactors, MachineSpeed, machine_factors
+from hw.validate.machine_speed import MachineFactors, MachineSpeed, machine_factors, run_speeds
 from sim.config import CONF_DIR, with_differences
 from sim.cost.plan import dense_plan
 from sim.errors import ConfigError
@@ -126,7 +127,9 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
             serve(at, one, *build_engine(one))
             found.setdefault(window, {})[policy] = outcome(at, one)
             report(number)
-    spec = server_spec(cfg)
+    spec, speeds = server_spec(cfg), []
+    if speed is not None and cfg.ranges:
+        speeds = run_speeds(speed.references, _content(cfg), spec.model, machine)
     content = {
         "provenance": provenance(cfg.seed),
         "calibration": spec.priced().name,
@@ -136,12 +139,39 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
         "policy_files": files,
         "windows": windows,
         "outcomes": found,
+        "run_speeds": speeds,
+        "utility_at_run_speeds": at_run_speeds(at_speed, slowdown, speeds),
         "description": description(cfg),
     }
     write_json(folder / FILE, content)
     read = read_predictions(folder)
     assert read is not None
     return read
+
+
+def at_run_speeds(cfg: DictConfig, slowdown: float, speeds: Sequence[float]) -> dict[str, dict[str, list[float]]]:
+    """Return window -> policy -> utilities, simulated with a machine as fast as in each single reference run.
+
+    A replay is sensitive: an admission more or less changes what follows. So one simulated utility is one draw, and
+    these say how far others lie from it on a machine whose speed varies as that of the reference runs did.
+
+    Args:
+        cfg: with the prices of the machine. slowdown: of the machine; requests arrive by it.
+        speeds: of the reference runs, relative to the machine's (`run_speeds`).
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    every = [(cell, speed) for cell in cells(cfg) for speed in speeds]
+    with progress("simulating other speeds", len(every), "runs") as report:
+        for number, ((window, policy), speed) in enumerate(every, start=1):
+            one = run_config(cfg, window, policy, slowdown)
+            with open_dict(one):
+                one.slowdown = slowdown * speed
+            with tempfile.TemporaryDirectory() as folder:
+                serve(Path(folder) / "run", one, *build_engine(one))
+                reached = outcome(Path(folder) / "run", one)["utility"]
+            found.setdefault(window, {}).setdefault(policy, []).append(float(reached))
+            report(number)
+    return found
 
 
 def factors_of(cfg: DictConfig, speed: MachineSpeed) -> MachineFactors:

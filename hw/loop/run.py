@@ -111,6 +111,7 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
         for p in policies
         if p not in cfg.fixed
     }
+    at_speeds = predictions.get("utility_at_run_speeds") or {}
     verdict = judge(
         simulated,
         real,
@@ -119,6 +120,7 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
         learner=cfg.learner,
         changes=changes,
         least_changes=float(cfg.least_changes),
+        ranges={p: [at_speeds[w][p] for w in windows] for p in policies} if at_speeds else None,
     )
     during = MachineSpeed(folder / DURING)
     machine = factors_of(cfg, during)

@@ -32,6 +32,8 @@ class LoopConfig(HwReplayConfig):
     repeats: real runs of each window and policy.
     measure: whether reference runs measure the speed of the machine; false takes ``slowdown``. There are ``references``
         of them at each precision that the calibration has, because the machine may be slower at one than at another.
+    ranges: whether each window is also simulated with a machine as fast as in each single reference run, which gives a
+        range for each predicted utility.
     least_requests: of a window. least_changes: changes of the weights that run, per minute.
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.
@@ -47,6 +49,7 @@ class LoopConfig(HwReplayConfig):
     repeats: int = 3
     measure: bool = True
     references: int = 4
+    ranges: bool = True
     least_requests: int = 150
     least_changes: float = 20.0
     points: float = 0.05
@@ -65,6 +68,7 @@ OWN_KEYS = (
     "repeats",
     "measure",
     "references",
+    "ranges",
     "least_requests",
     "least_changes",
     "points",
@@ -75,7 +79,7 @@ OWN_KEYS = (
 )
 """Keys of the loop itself, which the configuration of a run lacks."""
 NO_PREDICTION = (
-    *("repeats", "references", "runs", "out", "note", "page", "slowdown", "measure", "points"),
+    *("repeats", "references", "ranges", "runs", "out", "note", "page", "slowdown", "measure", "points"),
     *("plot", "label", "tags"),
 )
 """Keys on which predictions do not depend; the slowdown stands in them."""

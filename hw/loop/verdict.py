@@ -81,27 +81,38 @@ def compared_pairs(
 
 
 def levels(
-    simulated: Mapping[str, Floats], real: Mapping[str, Floats], windows: Sequence[str], points: float
+    simulated: Mapping[str, Floats],
+    real: Mapping[str, Floats],
+    windows: Sequence[str],
+    points: float,
+    ranges: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the error of every predicted utility, with the noise floor of its cell and whether it holds."""
+    """Return the error of every predicted utility, with the noise floor of its cell and whether it holds.
+
+    ranges: policy -> for each window, the utilities that were predicted at other speeds of the machine; a row then also
+        says from where to where they and the prediction reach, and whether the mean of the repeats lies there.
+    """
     rows = []
     for policy, values in real.items():
         for at, window in enumerate(windows):
             mean = float(values[at].mean())
             floor = float(np.abs(values[at] - mean).max())
             error = float(simulated[policy][at]) - mean
-            rows.append(
-                {
-                    "window": window,
-                    "policy": policy,
-                    "simulated": float(simulated[policy][at]),
-                    "real": mean,
-                    "repeats": values[at].tolist(),
-                    "error": error,
-                    "noise_floor": floor,
-                    "holds": abs(error) <= max(points, floor),
-                }
-            )
+            row = {
+                "window": window,
+                "policy": policy,
+                "simulated": float(simulated[policy][at]),
+                "real": mean,
+                "repeats": values[at].tolist(),
+                "error": error,
+                "noise_floor": floor,
+                "holds": abs(error) <= max(points, floor),
+            }
+            if ranges:
+                predicted = [*ranges[policy][at], float(simulated[policy][at])]
+                row |= {"least": min(predicted), "most": max(predicted)}
+                row["in_range"] = row["least"] <= mean <= row["most"]
+            rows.append(row)
     return rows
 
 
@@ -133,6 +144,7 @@ def judge(
     learner: str | None,
     changes: Mapping[str, float],
     least_changes: float,
+    ranges: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> dict[str, Any]:
     """Return all claims, each with its rows and whether it holds.
 
@@ -140,9 +152,10 @@ def judge(
         simulated, real: as in the module's docstring. windows: their labels.
         points, learner, least_changes: settings of the command.
         changes: mean plan changes a minute in the real runs, for each policy that can change plans.
+        ranges: as in `levels`; no claim depends on them.
     """
     pairs = compared_pairs(simulated, real, windows)
-    cells = levels(simulated, real, windows, points)
+    cells = levels(simulated, real, windows, points, ranges)
     beyond = [row for row in pairs if row["beyond_noise"]]
     found: dict[str, Any] = {
         "order": {

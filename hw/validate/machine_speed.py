@@ -134,6 +134,18 @@ def machine_factors(
     return found
 
 
+def run_speeds(
+    references: Sequence[Mapping[str, Any]], content: Mapping[str, Any], spec: ModelSpec, machine: MachineFactors
+) -> list[float]:
+    """Return the measured seconds of each reference run over those that the machine's factors predict for it.
+
+    They say how much the machine's speed varies from run to run. Arguments as in `machine_factors`.
+    """
+    latency = calibration_from_dict(machine.over(content))
+    runs = [_iterations(one, spec, _bits(one)) for one in references]
+    return [float(run.measured_s.sum() / (machine.slowdown * run.priced_s(latency).sum())) for run in runs]
+
+
 def _with_pair(found: MachineFactors, bits: int | None, pair: Factors) -> MachineFactors:
     """Return the factors with a pair for blocks at a precision; None stands for everything."""
     if bits is None:

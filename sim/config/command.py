@@ -24,7 +24,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sim.atomic import sole_writer
 from sim.config.arguments import parse_overrides, read_arguments
-from sim.config.failures import FAILED, INTERRUPTED, errors_in_one_line, full_error, how_to_install
+from sim.config.failures import (
+    FAILED,
+    INTERRUPTED,
+    RUN_FOLDER,
+    SWEEP_FOLDER,
+    errors_in_one_line,
+    full_error,
+    how_to_install,
+)
 from sim.config.options import (
     CONF_DIR,
     SEARCH_PATH,
@@ -38,7 +46,15 @@ from sim.config.options import (
 )
 from sim.config.overrides import check_overrides
 from sim.config.streams import print_any_text
-from sim.config.sweeps import JobFailedError, failed_jobs, forget_failure, note_failure, sweep_callback, sweep_ended
+from sim.config.sweeps import (
+    JobFailedError,
+    NoteFolder,
+    failed_jobs,
+    forget_failure,
+    note_failure,
+    sweep_callback,
+    sweep_ended,
+)
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.plugins import belongs_to, plugin_folders
@@ -99,6 +115,7 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
         inherited = _environment("PYTHONPATH", search) if added else nullcontext()
         elsewhere = ""
         with (
+            errors_in_one_line("", SWEEP_FOLDER if arguments.multirun else RUN_FOLDER),
             quiet,
             inherited,
             _environment("HYDRA_FULL_ERROR", "1"),
@@ -120,6 +137,10 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
                         f"there is no hydra/launcher={named[1]}; allowed: basic, joblib "
                         f"({how_to_install('hydra_joblib_launcher')}), ray ({how_to_install('ray')})"
                     ) from error
+                raise
+            except OSError as error:  # after Hydra's own, some of which are such errors too
+                if NoteFolder.folder is not None and error.filename is None:  # the only file that Hydra writes
+                    error.filename = str(NoteFolder.folder / SWEEP_FILE)
                 raise
             finally:
                 sys.argv[1:] = [*arguments.options, *arguments.overrides]
@@ -162,7 +183,7 @@ class _Job:
                 sys.argv[1:] = [text for text in sys.argv[1:] if text != sweep_callback()]  # as it was typed
                 forget_failure()
             try:
-                with errors_in_one_line(f"{name}: " if name else ""):
+                with errors_in_one_line(f"{name}: " if name else "", self._elsewhere(cfg, folder)):
                     result = self._run(cfg, folder, name)
             except SystemExit as end:
                 if self.multirun:
@@ -182,6 +203,14 @@ class _Job:
         self.failed += 1
         if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
             raise JobFailedError(name)  # a process of its own does not count here
+
+    def _elsewhere(self, cfg: DictConfig, folder: Path) -> str:
+        """Return the override that sends the files of this job to another place; empty if the command has none."""
+        if self.multirun:
+            return SWEEP_FOLDER
+        if folder != Path.cwd():
+            return RUN_FOLDER
+        return "out=PATH" if "out" in cfg else ""
 
     def _run(self, cfg: DictConfig, folder: Path, name: str) -> object:
         if folder == Path.cwd():  # the command has no run folder

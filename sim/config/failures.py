@@ -36,11 +36,20 @@ FIXABLE = (
 )
 """What a user can mend: a value, a file, a folder, a package."""
 SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+RUN_FOLDER = "hydra.run.dir=FOLDER"
+"""What sends the files of a run elsewhere."""
+SWEEP_FOLDER = "hydra.sweep.dir=FOLDER"
+"""What sends the files of a sweep elsewhere."""
 
 
 @contextmanager
-def errors_in_one_line(where: str = "") -> Iterator[None]:
-    """End the process with one line on stderr if an error that the user can mend comes up; it begins with ``where``."""
+def errors_in_one_line(where: str = "", elsewhere: str = RUN_FOLDER) -> Iterator[None]:
+    """End the process with one line on stderr if an error that the user can mend comes up.
+
+    Args:
+        where: what the line begins with.
+        elsewhere: as in ``explain``.
+    """
     try:
         yield
         sys.stdout.flush()
@@ -53,7 +62,7 @@ def errors_in_one_line(where: str = "") -> Iterator[None]:
     except FIXABLE as error:
         if full_error() or (isinstance(error, ModuleNotFoundError) and _is_own(error)):
             raise
-        fail(where + explain(error))
+        fail(where + explain(error, elsewhere))
 
 
 def full_error() -> bool:
@@ -64,8 +73,13 @@ def _is_own(error: ModuleNotFoundError) -> bool:
     return (error.name or "").partition(".")[0] in ("sim", "hw", "agents", "conf", "tests")
 
 
-def explain(error: BaseException) -> str:
-    """Return an error in one line: what is wrong and what to do."""
+def explain(error: BaseException, elsewhere: str = RUN_FOLDER) -> str:
+    """Return an error in one line: what is wrong and what to do.
+
+    Args:
+        error: what came up.
+        elsewhere: the override that sends the files of the command to another place; empty if it has none.
+    """
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         return f"this needs the package {package}, which is not installed: {how_to_install(package)}"
@@ -77,9 +91,10 @@ def explain(error: BaseException) -> str:
         problem = os.strerror(error.errno) if error.errno else error.strerror  # Arrow's text is longer
         what = f"{error.filename}: {problem}" if error.filename else problem
         if error.errno in SPACE:
-            return f"{what}; free some space, or write elsewhere with hydra.run.dir=FOLDER"
+            return f"{what}; free some space{f', or write elsewhere with {elsewhere}' if elsewhere else ''}"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-            return f"{what}; name a file that can be read, or a folder that can be written: hydra.run.dir=FOLDER"
+            readable = "name a file that can be read, or a folder that can be written"
+            return f"{what}; {readable}{f': {elsewhere}' if elsewhere else ''}"
         return what
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from sim.atomic import write_whole
-from sim.config.failures import explain
+from sim.config.failures import INTERRUPTED, SWEEP_FOLDER, explain
 from sim.errors import ConfigError, RapLabError
 
 FAILED_JOBS = "failed"
@@ -56,7 +56,7 @@ def note_failure(error: BaseException) -> None:
     note = {
         "folder": str(HydraConfig.get().sweep.subdir),
         "overrides": [str(text) for text in HydraConfig.get().overrides.task],
-        "error": "interrupted" if isinstance(error, KeyboardInterrupt) else explain(error),
+        "error": "interrupted" if _is_interrupt(error) else explain(error, SWEEP_FOLDER),
         "job": str(job.num),
         "command": f"python -m {HydraConfig.get().help.app_name}",
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,6 +65,11 @@ def note_failure(error: BaseException) -> None:
         path = _failure_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda part: part.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8"))
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Return whether Ctrl-C ended a job, also one that kept its records and then ended with that status."""
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == INTERRUPTED)
 
 
 def forget_failure() -> None:
@@ -88,4 +93,7 @@ def sweep_ended() -> None:
         except RapLabError:  # no job left a run
             pass
         except OSError as error:
-            print(f"warning: {explain(error)}; make the table with python -m sim.table {folder}", file=sys.stderr)
+            print(
+                f"warning: {explain(error, SWEEP_FOLDER)}; make the table with python -m sim.table {folder}",
+                file=sys.stderr,
+            )

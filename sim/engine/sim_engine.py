@@ -677,7 +677,7 @@ class SimEngine:
         else:
             full = ["itl_counts"]
         arrays = {name: getattr(state, name) for name in full}
-        state.replace(**{name: kernel.longer(array, 2 * len(array)) for name, array in arrays.items()})
+        state.replace(**{name: kernel.longer(array, 2 * len(array), log=True) for name, array in arrays.items()})
 
     # -- plans ---------------------------------------------------------------------------------------------------
 

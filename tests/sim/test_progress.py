@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def test_a_duration_reads_like_one(seconds: float, text: str) -> None:
 def test_a_line_extrapolates_the_time_left_and_says_none_before_anything_is_done() -> None:
     assert line("replaying", 400, "requests", 100, "", 5.0) == "replaying: 100 of 400 requests, 5 s, about 15 s left"
     assert line("replaying", 400, "requests", 0, "at 3 s", 5.0) == "replaying: 0 of 400 requests at 3 s, 5 s"
+    assert line("training", 100, "%", 60, "", 5.0, begun=50) == "training: 60 of 100 %, 5 s, about 20 s left"
     assert line("replaying", 0, "requests", 0, "", 5.0) == "replaying: 0 of 0 requests, 5 s"
 
 
@@ -67,11 +70,43 @@ def test_a_short_task_prints_nothing() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_shows_one_line_with_both_times(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with progress.progress("replaying", 1_608_380, "requests", stream) as report:
+        report(1_234_567, "at 25,373 s of the trace")
+        time.sleep(0.3)  # the bar is drawn ten times a second
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()))
+    drawn = [line for line in lines if line.strip()]
+    assert drawn
+    assert all(line.startswith("replaying ") and len(line) <= columns for line in drawn)
+    assert re.search(r"…\s+0:00:0\d [-:\d]{7}$", drawn[-1].rstrip())
+
+
+@pytest.mark.parametrize("same_terminal", [True, False])
+def test_a_line_printed_during_a_bar_goes_above_it_or_to_its_own_file(
+    same_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", output := stream if same_terminal else io.StringIO())
+    with progress.progress("training", 4, "iterations", stream) as report:
+        report(1)
+        time.sleep(0.3)  # the bar is drawn ten times a second
+        print("iteration 1 is done")
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue()))
+    assert "iteration 1 is done" in [line.rstrip() for line in lines]
+    assert same_terminal or "iteration 1" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar() -> None:
     stream = Terminal()
     with progress.progress("scoring", 4, "plans", stream) as report:
         assert counted(itertools.repeat("plan", 4), report) == ["plan"] * 4

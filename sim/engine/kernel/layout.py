@@ -214,9 +214,9 @@ def fields_of(record: NDArray[Any]) -> Any:
 _A = TypeVar("_A", bound=np.generic)
 
 
-def longer(array: NDArray[_A], rows: int) -> NDArray[_A]:
-    """Return a copy with this many rows; the new rows are zero."""
-    made = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
+def longer(array: NDArray[_A], rows: int, *, log: bool = False) -> NDArray[_A]:
+    """Return a copy with this many rows; the new rows are zero, or anything in a log, which writes before it reads."""
+    made = (np.empty if log else np.zeros)((rows, *array.shape[1:]), dtype=array.dtype)
     # As words, because NumPy copies records field by field, which is slow.
     made[: len(array)].view(INT64)[...] = array.view(INT64)
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,3 +73,15 @@ def test_a_kill_before_the_pointer_leaves_the_checkpoint_before(
     assert last[0].is_dir()
     saved.save(algorithm(), {"iteration": 4})
     assert names(saved.folder) == ["checkpoint.json", "checkpoint_000004"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_alone_and_the_error_names_the_folder(saved: Checkpoints) -> None:
+    def save(path: Path) -> None:
+        path.mkdir()
+        (path / "algorithm_state.pkl").write_bytes(b"st")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a write names no file
+
+    broken = SimpleNamespace(save_to_path=save, local_replay_buffer=None)
+    with pytest.raises(OSError, match="checkpoint_000004"):
+        saved.save(broken, {"iteration": 4})
+    assert names(saved.folder) == ["checkpoint.json", "checkpoint_000003"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from agents.training.dashboards import FOLDER, check_wandb, learner_scalars
+from agents.training.dashboards import FOLDER, EventFile, check_wandb, learner_scalars
+from agents.training.export import write_policy
 from agents.training.train import train
 from sim.errors import ConfigError
+from sim.policies.learned import network_of
 from tests.agents.helpers import composed
 
 
@@ -28,6 +33,21 @@ def test_numbers_of_the_learners_are_scalars_and_nothing_else_is() -> None:
     expected = {"learner/policy_loss": -0.25, "learner/entropy": 1.0, "learner/nested/norm": 2.0}
     assert learner_scalars({"learners": learners}) == expected
     assert learner_scalars({}) == {}
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_of_tensorboard_or_of_a_policy(tmp_path: Path) -> None:
+    events = EventFile(tmp_path / FOLDER)
+    network = network_of([(np.zeros((64, 64), np.float32), np.zeros(64, np.float32))], "relu")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(events.path))):
+            events.append({f"tag_{number}": 1.0 for number in range(100)}, 0)
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "policy.safetensors"))):
+            write_policy(tmp_path / "policy.json", network, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
 
 
 def test_without_a_login_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -55,6 +75,7 @@ def test_a_training_writes_losses_divergence_entropy_and_utility(
     steps = [event.step for event in events.Scalars("learner/entropy")]
     assert len(steps) == 4
     assert steps == sorted(set(steps))
+    assert all(0 < event.value < 1 for event in events.Scalars("learner/mean_kl_loss"))
     last = events.Scalars("validation/utility")[-1]
     row = (tmp_path / "progress.csv").read_text().splitlines()[-1].split(",")
     assert (last.step, round(last.value, 4)) == (int(row[2]), round(float(row[4]), 4))

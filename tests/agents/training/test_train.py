@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from omegaconf import DictConfig
-from rich.console import Console
+from omegaconf import DictConfig, OmegaConf
 
 from agents.envs.cluster import ClusterSetting
 from agents.envs.roles import RolesSetting
@@ -27,7 +26,7 @@ from agents.training.demonstrations import phase_demonstrations
 from agents.training.export import export_network
 from agents.training.modules import actor_logits, learner_module
 from agents.training.progress import COLUMNS, Progress
-from agents.training.train import build_algorithm, current_network, environment_kwargs, train
+from agents.training.train import build_algorithm, current_network, environment_kwargs, limit_share, train
 from agents.training.validation import CountedActs, validation_clusters, validation_systems
 from sim.config import CONF_DIR, build
 from sim.disaggregate.learned_roles import learned_roles
@@ -155,7 +154,7 @@ def test_law_9_a_training_that_resumes_equals_the_unbroken_one(
 
 
 def test_a_row_that_a_killed_run_cut_and_a_column_of_later_versions_do_not_stop_a_resume(tmp_path: Path) -> None:
-    progress = Progress(tmp_path / "progress.csv", Console())
+    progress = Progress(tmp_path / "progress.csv")
     progress.path.write_text("iteration,seconds,env_steps,episode_return\n1,2.0,3,4.0\n2,2.5,4,5.0\n3,2.")
     progress.rewind(2)
     rows = pd.read_csv(progress.path)
@@ -172,7 +171,7 @@ def test_a_network_that_always_chooses_one_action_is_reported_as_such(capsys: py
     acts(np.zeros((5, 2), np.float32), np.array([[True, False, False]] * 5))
     assert acts.top_share == 0.5
     row = dict.fromkeys(COLUMNS, 1.0) | {"iteration": 1, "env_steps": 2}
-    Progress(Path("unused"), Console(width=200)).print(row)
+    Progress(Path("unused")).print(row)
     assert "one action in every decision" in capsys.readouterr().out
 
 
@@ -375,3 +374,12 @@ def test_a_training_killed_with_signal_9_resumes_at_its_last_checkpoint(tmp_path
     assert rows["iteration"].tolist() == list(range(1, reached + 4))
     assert rows["env_steps"].is_monotonic_increasing
     assert rows["best_utility"].is_monotonic_increasing
+
+
+def test_progress_counts_towards_the_limit_that_ends_the_training_first() -> None:
+    limits = OmegaConf.create({"minutes": 10.0, "iterations": 6})
+    assert limit_share(limits, {"seconds": 12.0, "iteration": 3}) == 0.5
+    assert limit_share(limits, {"seconds": 450.0, "iteration": 3}) == 0.75
+    assert limit_share(limits, {"seconds": 700.0, "iteration": 5}) == 1.0
+    limits.iterations = None
+    assert limit_share(limits, {"seconds": 60.0, "iteration": 3}) == 0.1

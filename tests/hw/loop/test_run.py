@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     written = load_calibration(tmp_path / "runs" / "calibration.json")
     for bits in (16, 8, 4):
         assert written.linear_s("ffn", bits, 7) == pytest.approx(usual.linear_s("ffn", bits, 7), rel=1e-9)
+    # Each window is simulated at the speed of each reference run too.
+    speeds, at_speeds = content["run_speeds"], content["utility_at_run_speeds"]["one"]
+    assert len(speeds) == 3
+    assert min(speeds) <= 1.0 <= max(speeds)
+    assert {policy: len(found) for policy, found in at_speeds.items()} == {"dense": 3, "low": 3}
     noted = [*settings, "measure=true", "repeats=1", "note='Others used the machine.'"]
     assert _loop(compose_config("hw_loop", noted)) in (0, 1)
     for side in ("sim/one/low", "real/one/low/hw0"):
@@ -129,6 +135,11 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     assert f"{of_4.memory_bound:.2f} and {of_4.compute_bound:.2f} for blocks at 4 bits" in text
     assert all("passes" not in one for one in result(tmp_path)["predictions"]["references"])
     assert "- **Note.** Others used the machine." in text
+    for cell in result(tmp_path)["verdict"]["level"]["cells"]:
+        every = [*at_speeds[cell["policy"]], cell["simulated"]]
+        assert (cell["least"], cell["most"]) == (min(every), max(every))
+        assert cell["in_range"] == (min(every) <= cell["real"] <= max(every))
+    assert re.search(r"The mean of the repeats lies in it in \d of 2 cells", text)
 
 
 def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str]) -> None:

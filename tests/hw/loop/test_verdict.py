@@ -62,6 +62,16 @@ def test_a_level_holds_within_the_points_or_within_the_noise_floor_of_its_cell()
     assert held == {("calm", "one"): True, ("calm", "two"): False, ("noisy", "one"): True, ("noisy", "two"): False}
 
 
+def test_a_range_holds_the_prediction_and_those_at_other_speeds() -> None:
+    real = {"a": repeats(0.50, 0.60), "b": repeats(0.70, 0.80)}
+    simulated = {"a": np.array([0.51, 0.60]), "b": np.array([0.60, 0.70])}
+    ranges = {"a": [[0.45, 0.52], [0.61, 0.62]], "b": [[0.65, 0.68], [0.79, 0.81]]}
+    rows = levels(simulated, real, ["x", "y"], 0.05, ranges)
+    assert [(row["least"], row["most"]) for row in rows] == [(0.45, 0.52), (0.60, 0.62), (0.60, 0.68), (0.70, 0.81)]
+    assert [row["in_range"] for row in rows] == [True, True, False, True]
+    assert all("least" not in row for row in levels(simulated, real, ["x", "y"], 0.05))
+
+
 @pytest.mark.parametrize(("learned", "verdict"), [(0.9, "above"), (0.801, "not distinguishable"), (0.7, "below")])
 def test_the_learned_policy_is_compared_with_the_rule_that_is_best_on_the_real_engine(
     learned: float, verdict: str

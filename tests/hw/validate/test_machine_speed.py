@@ -20,6 +20,7 @@ from hw.validate.machine_speed import (
     factor_of,
     factors_by_precision,
     machine_factors,
+    run_speeds,
     said_factors,
     without_passes,
 )
@@ -117,6 +118,15 @@ def test_the_factors_of_a_machine_are_found_from_its_passes() -> None:
         assert found.slowdown * ours.memory_bound == pytest.approx(1.8 * theirs.memory_bound, rel=2e-3)
         assert found.slowdown * ours.compute_bound == pytest.approx(1.8 * theirs.compute_bound, rel=2e-3)
     assert MachineFactors.from_pairs(found.slowdown, json.loads(json.dumps(found.pairs()))) == found
+
+
+def test_how_fast_single_runs_were_is_relative_to_the_machine_that_all_of_them_show() -> None:
+    content, spec = calibration_content(CALIBRATION), load_model("smollm2_135m")
+    slow, fast = (MachineFactors(slowdown=slowdown) for slowdown in (2.2, 1.8))
+    references = [made_up(content, spec, machine, 4) for machine in (slow, fast)]
+    machine = machine_factors(references, content, spec)
+    assert machine.slowdown == pytest.approx(2.0)
+    assert run_speeds(references, content, spec, machine) == pytest.approx([1.1, 0.9], rel=1e-2)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from sim.config.failures import errors_in_one_line, explain, extra_of
+from sim.config import run_command
+from sim.config.failures import INTERRUPTED, errors_in_one_line, explain, extra_of
 from sim.paths import REPOSITORY
 from sim.replay.__main__ import main
 from tests.commands import exit_status
@@ -72,6 +74,8 @@ def test_what_the_system_refuses_is_explained_in_one_line() -> None:
         explain(full)
         == "runs/x: No space left on device; free some space, or write elsewhere with hydra.run.dir=FOLDER"
     )
+    assert explain(full, "out=PATH").endswith("; free some space, or write elsewhere with out=PATH")
+    assert explain(full, "").endswith("; free some space")
     assert explain(MemoryError()) == "not enough memory; use a smaller trace, or fewer workers"
     assert explain(OSError("odd")) == "odd"
     with pytest.raises(Exception) as missing:  # noqa: PT011
@@ -91,6 +95,15 @@ def test_ctrl_c_ends_with_status_130_and_one_word(capsys: pytest.CaptureFixture[
         raise KeyboardInterrupt
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_job_of_a_sweep_that_kept_its_records_at_ctrl_c_is_noted_as_interrupted() -> None:
+    def task(cfg: DictConfig) -> None:
+        raise SystemExit(INTERRUPTED)
+
+    arguments = ("--multirun", "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}")
+    assert exit_status(lambda: run_command(task, "replay"), *arguments) == INTERRUPTED
+    assert json.loads(Path("sweep/failed/0.json").read_text())["error"] == "interrupted"
 
 
 def run(*arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ import sim.cluster.run
 import sim.compare
 import sim.disaggregate.run
 import sim.replay.__main__
+from sim.report.timeline import main as timeline_command
 from sim.results.report import warn_if_extrapolated
 from tests.commands import exit_status
 
@@ -83,6 +84,23 @@ def test_so_do_tables_clusters_and_disaggregated_systems(
     assert "SLO attainment" in output or "SLO_attainment" in output
     assert "File too large" in error
     check_files(Path("full"))
+
+
+def test_the_error_names_what_sends_the_files_of_this_command_elsewhere(
+    disk: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(sim.replay.__main__.main, *QUICK, "hydra.run.dir=run") == 0
+    capsys.readouterr()
+    disk(0)
+    assert exit_status(timeline_command, "run", "out=timeline.json") == 2
+    assert capsys.readouterr().err.endswith("; free some space, or write elsewhere with out=PATH\n")
+    assert not Path("timeline.json").exists()
+    assert exit_status(sim.replay.__main__.main, "--multirun", *QUICK, "seed=0,1", "hydra.sweep.dir=full") != 0
+    error = capsys.readouterr().err
+    assert (
+        "full/multirun.yaml: File too large; free some space, or write elsewhere with hydra.sweep.dir=FOLDER" in error
+    )
+    assert "hydra.run.dir" not in error
 
 
 def test_a_run_that_is_mostly_extrapolated_warns(capsys: pytest.CaptureFixture[str]) -> None:
