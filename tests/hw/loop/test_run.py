@@ -17,7 +17,7 @@ from hw.calibrate.calibration import calibration_content
 from hw.loop.judged_runs import missing_runs
 from hw.loop.run import _loop
 from hw.loop.settings import run_config
-from hw.validate.machine_speed import MachineFactors, machine_factors
+from hw.validate.machine_speed import MachineFactors, machine_factors, run_speeds
 from sim.config import compose_config
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.model_spec import load_model
@@ -122,8 +122,8 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
         assert written.linear_s("ffn", bits, 7) == pytest.approx(usual.linear_s("ffn", bits, 7), rel=1e-9)
     # Each window is simulated at the speed of each reference run too.
     speeds, at_speeds = content["run_speeds"], content["utility_at_run_speeds"]["one"]
+    assert speeds == run_speeds(content["references"], plain, load_model("tiny"), machine)
     assert len(speeds) == 3
-    assert min(speeds) <= 1.0 <= max(speeds)
     assert {policy: len(found) for policy, found in at_speeds.items()} == {"dense": 3, "low": 3}
     noted = [*settings, "measure=true", "repeats=1", "note='Others used the machine.'"]
     assert _loop(compose_config("hw_loop", noted)) in (0, 1)
