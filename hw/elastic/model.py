@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        refuse_compressed_kv(plan)
+        check_stored_kv(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -401,11 +401,11 @@ class ElasticModel:
         return weights
 
 
-def refuse_compressed_kv(plan: Plan) -> None:
-    """Check that a plan does not compress KV or keep hidden states in its place, which the real engine cannot.
+def check_stored_kv(plan: Plan) -> None:
+    """Check that the real engine can store what a plan keeps of a prompt: keys and values of all heads and channels.
 
     Raises:
-        PlanError: if it does.
+        PlanError: for compressed KV, and for hidden states in place of keys and values.
     """
     if plan.kv_compression is not None:
         raise PlanError(
