@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        refuse_compressed_kv(plan)
+        check_stored_kv(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -401,17 +401,22 @@ class ElasticModel:
         return weights
 
 
-def refuse_compressed_kv(plan: Plan) -> None:
-    """Check that a plan does not compress KV, which the real engine cannot.
+def check_stored_kv(plan: Plan) -> None:
+    """Check that the real engine can store what a plan keeps of a prompt: keys and values of all heads and channels.
 
     Raises:
-        PlanError: if it does.
+        PlanError: for compressed KV, and for hidden states in place of keys and values.
     """
     if plan.kv_compression is not None:
         raise PlanError(
             f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "
             "channels of a token at one precision; use kv_keep or kv_bits, or simulate the plan (python -m hw.score "
             "kind=kv_compression measures its loss)"
+        )
+    if plan.kv_hidden:
+        raise PlanError(
+            "the real engine cannot keep hidden states in place of keys and values (kv_hidden): its attention reads "
+            "keys and values; use kv_bits, or simulate the plan"
         )
 
 

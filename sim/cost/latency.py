@@ -115,7 +115,7 @@ def _prompt_load(chunks: Sequence[tuple[int, int]], ends: int) -> PromptLoad:
 
 
 def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum: int) -> Ints:
-    """Return int64[layers, 8], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
+    """Return int64[layers, 9], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
     rows = []
     for layer, (bits, kv_only) in enumerate(zip(plan.product_bits, plan.kv_only, strict=True)):
         runs, decoding = plan.prefill.mha[layer], decodes * plan.decode.mha[layer]
@@ -128,7 +128,7 @@ def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum:
         else:
             attention = prompts.tokens * runs, prompts.context_sum * runs, decoding, context_sum
         writing = (prompts.tokens - prompts.ends) * runs if kv_only else 0
-        rows.append((1, WEIGHT_BITS.index(bits), *attention, feeding, writing))
+        rows.append((1, WEIGHT_BITS.index(bits), *attention, feeding, writing, 0))
     return np.array(rows, dtype=np.int64)
 
 

@@ -48,6 +48,7 @@ def static_plan(
     kv_only: Sequence[int] = (),
     kv_method: str | None = None,
     kv_percent: int | None = None,
+    kv_hidden: bool = False,
     max_running: int | None = None,
     max_waiting: int | None = None,
     max_wait_s: float | None = None,
@@ -67,6 +68,7 @@ def static_plan(
         kv_only: layers in which all tokens of a prompt but its last one only write keys and values.
         kv_method: ada_kv, refree_kv, think or lorc, which compresses the KV of a prompt; None compresses none.
         kv_percent: of the bytes of that KV that stay.
+        kv_hidden: whether requests keep hidden states after prefill in place of keys and values.
         max_running, max_waiting, max_wait_s: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
@@ -102,6 +104,7 @@ def static_plan(
         kv_compression=(
             None if kv_method is None or kv_percent is None else KVCompression(method=kv_method, percent=kv_percent)
         ),
+        kv_hidden=kv_hidden,
         max_running=max_running,
         max_waiting=max_waiting,
         max_wait_s=max_wait_s,
