@@ -25,7 +25,7 @@ from sim.engine.steady_decode import steady_decode_s
 from sim.errors import BudgetError
 from sim.policies.base import PolicyContext
 from sim.policies.least_loss import least_loss
-from sim.policies.observation.serve import serve_actions
+from sim.policies.observation.serve import HIDDEN, serve_actions
 from sim.policies.orders import own_order
 from sim.results.metrics import met_slo
 from sim.results.utility import utility
@@ -54,7 +54,7 @@ def grid_options(model: ModelSpec, *, streaming: bool) -> dict[str, Any]:
         "order": list(order),
         "drops": [n for n in (0, 2, 4, 6, 10, 20) if n <= len(order)],
         "low_layers": sorted({round(layers * part / 4) for part in range(5)}),
-        "kv_bits": [16, 8, 4],
+        "kv_bits": [16, 8, 4, HIDDEN] if model.hidden_halves_kv else [16, 8, 4],
         "kv_compression": [None, *COMPRESSED] if streaming else [None, COMPRESSED[0]],
         "streamed": [n for n in (0, 4, 8, 16) if n <= layers] if streaming else [0],
     }

@@ -5,6 +5,7 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     dropped blocks   the first n blocks of the model's order (RAP, BlockPruner)
     W4               the first n layers at 4 bits (MorphServe)
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
+    hidden states    in place of keys and values, which decodes compute again (Apt-Serve; only models without GQA)
     compressed KV    n percent of the bytes of a prompt's KV stay (Ada-KV, or ThinK where that loses less)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
 
@@ -60,6 +61,7 @@ Loss = Callable[[Plan], float]
 """Returns the nats per token that a plan costs."""
 DENSE = "dense"
 STREAMED = "streamed"
+HIDDEN = "hidden states"
 COMPRESSED = "compressed KV"
 ANY = "any one plan"
 """The best of all steps but those that stream."""
@@ -139,6 +141,11 @@ def streaming(model: ModelSpec, count: int) -> Plan:
     return replace(dense_plan(model), streamed=tuple(layer in layers for layer in range(model.num_layers)))
 
 
+def hidden(model: ModelSpec) -> Plan:
+    """Return the plan that keeps hidden states in place of KV."""
+    return replace(dense_plan(model), kv_hidden=True)
+
+
 def compressing(model: ModelSpec, percent: int) -> Plan:
     """Return the plan that keeps this percent of a prompt's KV bytes, by the method that loses less on SmolLM2-135M."""
     method = "think" if percent >= 80 else "ada_kv"
@@ -158,6 +165,7 @@ def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
             Step(knob="KV bits", amount=f"4 bits in {n}, 8 in {model.num_layers - n} layers", plan=low_kv(model, n))
             for n in (0, *layers)
         ],
+        HIDDEN: [Step(knob=HIDDEN, amount="all layers", plan=hidden(model))] if model.hidden_halves_kv else [],
         COMPRESSED: [
             Step(knob=COMPRESSED, amount=f"{percent} %", plan=compressing(model, percent)) for percent in PERCENTS
         ],
@@ -180,6 +188,7 @@ def served_steps(model: ModelSpec) -> list[Step]:
     steps += [every["dropped blocks"][n - 1] for n in blocks]
     steps += [every["W4"][n - 1] for n in (quarter, 2 * quarter, 3 * quarter, total)]
     steps += [every["KV bits"][n] for n in (0, total // 2, total)]
+    steps += every[HIDDEN]
     steps += [every[COMPRESSED][PERCENTS.index(percent)] for percent in (90, 70, 50, 30)]
     counts = [n for n in (4, 6, 8, 12, 16, 24, total) if LEAST_STREAMED <= n <= total]
     steps += [every[STREAMED][n - LEAST_STREAMED] for n in sorted(set(counts))]

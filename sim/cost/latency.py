@@ -65,6 +65,7 @@ from sim.cost.latency_tables import (
     FFN,
     FFN_BOTH,
     FP8_LINEAR,
+    LOAD_COLUMNS,
     MHA,
     MHA_BOTH,
     MOST_S,
@@ -262,7 +263,13 @@ class LatencyModel:
         self._check_bits({*plan.weight_bits, *plan.product_bits})
 
     def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int, qkv_share: float = 1.0) -> float:
-        """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`."""
+        """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`.
+
+        Raises:
+            CalibrationError: for rows of another number of columns, beyond which compiled code would read.
+        """
+        if rows.ndim != 2 or rows.shape[1] != LOAD_COLUMNS:
+            raise CalibrationError(f"rows of {rows.shape[-1]} columns; they need {LOAD_COLUMNS}")
         return float(layered_iteration_seconds(self.tables, rows, tokens, sequences, qkv_share))
 
     def linear_s(self, kind: str, bits: int, tokens: int) -> float:

@@ -64,6 +64,8 @@ MOST_S = 1e6
 """Largest entry of a table, eleven days; sums and products of larger ones could leave the range of a float."""
 KV_SHARE = 0.5
 """Of k and v in the products of an MHA block in which every query head has its own (``ModelSpec.hidden_halves_kv``)."""
+LOAD_COLUMNS = 9
+"""Of the rows of `layered_iteration_seconds`."""
 TILE_TOKENS = 128
 """Query tokens per attention work item (FlashAttention's query block at head size 128)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sim.cost.kv_format import saved_tokens
+from sim.cost.kv_format import kv_formats, saved_tokens
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.cost.streaming import steady_pass_s
 from sim.engine.server_spec import ServerSpec
@@ -18,17 +18,16 @@ def steady_decode_s(server: ServerSpec, plan: Plan, batch: int, context_tokens: 
         server: whose calibration prices it, as fast as calibrated. context_tokens: of each request, all of its prompt.
     """
     model, latency, link = server.model, server.priced(), server.copying()
-    full = model.kv_bytes_per_token_layer
+    formats = kv_formats(model, plan, server.config.kv_block_tokens)
     stored_tokens = context_tokens - saved_tokens(plan, context_tokens)
     rows = []
-    for layer in range(model.num_layers):
-        bits = plan.kv_bits[layer]
-        size = full if bits == 16 else model.kv_bytes_per_token_layer_at(bits)
-        decodes = batch * plan.decode.mha[layer]
-        read = decodes * plan.kv_keep[layer].tokens(stored_tokens) * size // full
-        rows.append(
-            (1, WEIGHT_BITS.index(plan.product_bits[layer]), 0, 0, decodes, read, batch * plan.decode.ffn[layer], 0)
-        )
+    for layer, bits in enumerate(plan.product_bits):
+        decodes, read = batch * plan.decode.mha[layer], stored_tokens
+        if formats is not None:  # as many tokens at 16 bits have the bytes that a decode reads
+            read = formats[layer].read_bytes(stored_tokens) // model.kv_bytes_per_token_layer
+        hidden = decodes * stored_tokens if plan.kv_hidden else 0
+        feeding = batch * plan.decode.ffn[layer]
+        rows.append((1, WEIGHT_BITS.index(bits), 0, 0, decodes, decodes * read, feeding, 0, hidden))
     compute_s = latency.layered_iteration_s(np.array(rows, dtype=np.int64), batch, batch)
     if not any(plan.streamed):
         return compute_s

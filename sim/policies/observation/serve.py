@@ -20,7 +20,17 @@ import numpy as np
 
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import WEIGHT_BITS, KVCompression, Plan, check_plan, dense_plan, drop, nested_bits, with_mask
+from sim.cost.plan import (
+    KV_BITS,
+    WEIGHT_BITS,
+    KVCompression,
+    Plan,
+    check_plan,
+    dense_plan,
+    drop,
+    nested_bits,
+    with_mask,
+)
 from sim.cost.streaming import nested_layers
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
@@ -33,6 +43,10 @@ from sim.policies.pop import layer_order
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
+
+
+HIDDEN = "hidden"
+"""In a list of ``kv_bits``: hidden states in place of keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +143,7 @@ def serve_actions(
     admits: Sequence[int | None] = (None,),
     waits: Sequence[float | None] = (None,),
     runs: Sequence[int | None] = (None,),
-    kv_bits: Sequence[int] = (16,),
+    kv_bits: Sequence[int | str] = (16,),
     compute_bits: Sequence[int] = (16,),
     kv_only: Sequence[int] = (0,),
     kv_compression: Sequence[Mapping[str, Any] | None] = (None,),
@@ -147,12 +161,13 @@ def serve_actions(
         admits: limits of waiting requests, None for no limit.
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         runs: how many requests may run at once, which bounds the time per token; None for the engine's own limit.
-        kv_bits: at how many bits requests keep their KV from now on: 16, 8 or 4 in all layers.
+        kv_bits: at how many bits requests keep their KV from now on: 16, 8 or 4 in all layers, or ``hidden`` for hidden
+            states in its place.
         compute_bits: at how many bits products run, as near as the resident weights allow: 8 reads the first half of
             weights of 16 bits (``sim.cost.plan.nested_bits``); 16 uses all that is resident.
         kv_only: in how many layers prompts only write KV (POP): the first of ``sim.policies.pop.layer_order``.
         kv_compression: how the KV of prompts is compressed from now on, such as ``{method: ada_kv, percent: 70}``; None
-            for not at all.
+            for not at all. Hidden states are not compressed: there are no plans with both.
         streamed: how many layers are streamed from the host (``sim.cost.streaming.nested_layers``): 0, or 3 or more.
         start_drops: None starts with the first plan. A number starts with the most layers at low precision and nothing
             dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
@@ -181,10 +196,13 @@ def serve_actions(
                 f"actions.{name} is {list(counts)}; the numbers must lie between 0 and {model.num_layers}, the layers "
                 f"of {model.name}"
             )
+    if any(bits not in (*KV_BITS, HIDDEN) for bits in kv_bits):
+        raise ConfigError(f"actions.kv_bits is {list(kv_bits)}; allowed are 16, 8, 4 and {HIDDEN}")
     if any(bits not in WEIGHT_BITS for bits in compute_bits):
         raise ConfigError(f"actions.compute_bits is {list(compute_bits)}; allowed are 16, 8 and 4")
     limits = tuple(product(admits, waits, runs))
-    free = tuple(product(kv_bits, compute_bits, kv_only, held_ways, enumerate(limits)))
+    stored = [(kept, held) for kept, held in product(kv_bits, held_ways) if kept != HIDDEN or held is None]
+    free = tuple(product(stored, compute_bits, kv_only, enumerate(limits)))
     prompts_least_need = layer_order(model, None)
     dense = dense_plan(model)
     blocks = [block_of(name) for name in order]
@@ -194,7 +212,7 @@ def serve_actions(
     memory = len(streamed) > 1 or len(kv_bits) > 1
     observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1, len(held_ways) > 1
     combinations = product(enumerate(drops), enumerate(low_layers), enumerate(streamed), free)
-    for (i, gone), (j, low), (s, crossing), (kept, compute, writing, held, (k, limit)) in combinations:
+    for (i, gone), (j, low), (s, crossing), ((kept, held), compute, writing, (k, limit)) in combinations:
         mask = drop(
             model,
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
@@ -207,7 +225,8 @@ def serve_actions(
         plan = replace(
             with_mask(dense, mask),
             weight_bits=bits,
-            kv_bits=(kept,) * model.num_layers,
+            kv_bits=(kept if isinstance(kept, int) else 16,) * model.num_layers,
+            kv_hidden=kept == HIDDEN,
             compute_bits=tuple(nested_bits(each, compute) for each in bits),
             kv_only=tuple(layer in prompts_least_need[:writing] for layer in range(model.num_layers)),
             kv_compression=held,
@@ -219,14 +238,14 @@ def serve_actions(
         check_plan(model, plan)
         names.append(
             f"drop {gone}, W{low_bits} {low}, {_limit_name(*limit)}"
-            + (f", KV{kept}" if len(kv_bits) > 1 else "")
+            + (f", KV{' ' * (kept == HIDDEN)}{kept}" if len(kv_bits) > 1 else "")
             + (f", products at {compute}" if len(compute_bits) > 1 else "")
             + (f", KV only {writing}" if len(kv_only) > 1 else "")
             + (f", KV {_compression_name(held)}" if len(held_ways) > 1 else "")
             + (f", streamed {crossing}" if len(streamed) > 1 else "")
         )
         plans.append(plan)
-        moves = s / max(1, len(streamed) - 1), kept / 16
+        moves = s / max(1, len(streamed) - 1), kept / 16 if isinstance(kept, int) else 0.0
         stays = 1.0 if held is None else held.percent / 100
         shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1), stays
         extras.append(tuple(value for value, differs in zip((*moves, *shown), observed, strict=True) if differs))
@@ -327,7 +346,7 @@ SERVE_ENTRIES = (
 
 EXTRA_ENTRIES = (
     Entry("level_streamed", "share", 0.0, 1.0, "how far along the numbers of streamed layers the present choice is"),
-    Entry("kv_bits", "bits / 16", 0.0, 1.0, "at which requests keep their KV from now on"),
+    Entry("kv_bits", "bits / 16", 0.0, 1.0, "at which requests keep their KV from now on; 0 for hidden states"),
     Entry("compute_bits", "bits / 16", 0.0, 1.0, "the most bits at which products run"),
     Entry("level_kv_only", "share", 0.0, 1.0, "how far along the numbers of layers in which prompts only write KV"),
     Entry("kv_stays", "share", 0.0, 1.0, "of the bytes of a prompt's KV, when it is compressed from now on"),

@@ -12,6 +12,7 @@ import pytest
 from agents.envs.serve import ServeSetting
 from agents.evaluation import knob_search, knobs, knobs_page
 from sim.cost.memory import layer_weight_bytes, weight_bytes
+from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, check_plan, dense_plan
 from sim.engine.server_spec import ServerSpec, named_quality
 from sim.engine.steady_decode import steady_decode_s
@@ -26,6 +27,7 @@ TOKENS = REQUESTS * CONTEXT
 
 
 def test_the_steps_of_a_knob_are_legal_and_free_more_and_more() -> None:
+    assert not knobs.all_steps(load_model("smollm2_135m"))[knobs.HIDDEN]
     for name, steps in knobs.all_steps(MODEL).items():
         for step in steps:
             check_plan(MODEL, step.plan)
@@ -41,6 +43,7 @@ def test_bytes_freed_by_hand() -> None:
     # 16,384 bytes a token and layer at 16 bits; at 8 bits half, and 4 bytes for the keys and the values of 32 heads.
     assert knobs.freed_bytes(MODEL, eight, REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - (8192 + 2 * 4 * 32))
     four = knobs.low_weights(MODEL, 3)
+    assert knobs.freed_bytes(MODEL, knobs.hidden(MODEL), REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - 8192)
     of_a_layer = layer_weight_bytes(MODEL) - layer_weight_bytes(MODEL, 4)
     assert knobs.freed_bytes(MODEL, four, REQUESTS, CONTEXT) == 3 * of_a_layer
 
@@ -58,6 +61,10 @@ def test_seconds_of_a_decode_iteration_by_hand() -> None:
     written_s = 12 * layer_weight_bytes(MODEL) / SERVER.gpu.memory_bandwidth_bytes_per_s
     assert fast == pytest.approx(steady_decode_s(SERVER, dense, 32, 512) + written_s, rel=0.01)
     assert steady_decode_s(SERVER, knobs.low_kv(MODEL, 32), 32, 512) < steady_decode_s(SERVER, dense, 32, 512)
+    # Keys and values of all contexts, computed again in every layer.
+    computed_s = 32 * 0.5 * SERVER.priced().linear_s("mha", 16, TOKENS)
+    again = steady_decode_s(SERVER, knobs.hidden(MODEL), 32, 512)
+    assert again == pytest.approx(steady_decode_s(SERVER, dense, 32, 512) + computed_s)
 
 
 def test_served_steps_are_different_legal_plans() -> None:

@@ -282,6 +282,17 @@ def test_a_table_may_have_compressed_kv() -> None:
         serve_actions(MODEL, kv_compression=({"method": "zip", "percent": 70},))
 
 
+def test_hidden_states_are_one_of_the_ways_to_keep_kv() -> None:
+    made = serve_actions(MODEL, kv_bits=(16, "hidden"), kv_compression=(None, {"method": "think", "percent": 90}))
+    assert [plan.kv_hidden for plan in made.plans] == [False, False, True]  # hidden states are not compressed
+    assert [values[1] for values in made.extras] == [1.0, 1.0, 0.0]
+    assert made.names[2] == "drop 0, W4 0, queue any, KV hidden, KV whole"
+    with pytest.raises(ConfigError, match=r"actions.kv_bits is \['hid'\]; allowed are 16, 8, 4 and hidden"):
+        serve_actions(MODEL, kv_bits=("hid",))
+    with pytest.raises(PlanError, match="no GQA"):
+        serve_actions(load_model("smollm2_135m"), kv_bits=("hidden",))
+
+
 def test_streamed_layers_and_bits_of_kv_are_observed_last_where_plans_differ_in_them() -> None:
     number = MORE.names.index("drop 0, W4 0, queue any, wait 0.5 s, KV8, streamed 4")
     one = ServeObserver(MODEL, MORE, BLOCK_BYTES, TERMS)
