@@ -43,18 +43,19 @@ COMPRESSED = (
 """Compressed KV in the grid: of each share of the bytes, the method that loses least on SmolLM2-135M."""
 
 
-def grid_options(model: ModelSpec, *, streaming: bool) -> dict[str, Any]:
+def grid_options(model: ModelSpec, *, streaming: bool, hidden: bool) -> dict[str, Any]:
     """Return the combinations of all knobs, as options of ``serve_actions``.
 
-    streaming: whether layers are streamed in some of them. Where they are not, the requests that are served decide, and
-        fewer ways to compress KV are tried, as each decision weighs all combinations.
+    Args:
+        streaming: whether layers are streamed in some of them; where none are, fewer ways to compress KV are tried.
+        hidden: whether hidden states take the place of KV in some, if the model allows that.
     """
     order, layers = own_order(model), model.num_layers
     return {
         "order": list(order),
         "drops": [n for n in (0, 2, 4, 6, 10, 20) if n <= len(order)],
         "low_layers": sorted({round(layers * part / 4) for part in range(5)}),
-        "kv_bits": [16, 8, 4, HIDDEN] if model.hidden_halves_kv else [16, 8, 4],
+        "kv_bits": [16, 8, 4, HIDDEN] if hidden and model.hidden_halves_kv else [16, 8, 4],
         "kv_compression": [None, *COMPRESSED] if streaming else [None, COMPRESSED[0]],
         "streamed": [n for n in (0, 4, 8, 16) if n <= layers] if streaming else [0],
     }
@@ -103,7 +104,7 @@ def combined(
     """
     rows = []
     for link, server in servers.items():
-        table = serve_actions(server.model, **grid_options(server.model, streaming=True))
+        table = serve_actions(server.model, **grid_options(server.model, streaming=True, hidden=True))
         losses = {name: np.array([nats(plan) for plan in table.plans]) for name, nats in loss.items()}
         for batch in batches:
             every = weighed(server, table.plans, batch, context_tokens)
@@ -146,6 +147,7 @@ def adapting(
     loss: Callable[[Plan], float],
     tpot_s: float,
     headroom: float,
+    hidden: bool,
     budget_bytes: int,
     windows: Sequence[Window],
     graph: PlanGraph,
@@ -154,11 +156,12 @@ def adapting(
     """Return the utility of ``policy=least_loss`` over all knobs but streaming in each window, float64[windows].
 
     Args:
-        loss: nats per token that a plan loses. tpot_s, headroom: of the policy. graph: of plans with this loss.
-        wait_s: the longest wait for admission.
+        loss: nats per token that a plan loses. tpot_s, headroom: of the policy. hidden: whether hidden states are
+            among its plans. graph: of plans with this loss. wait_s: the longest wait for admission.
     """
     server = replace(setting.server, quality_nll=loss)
-    options = {**grid_options(server.model, streaming=False), "waits": [wait_s], "start_drops": 0, "dwell_s": DWELL_S}
+    options = grid_options(server.model, streaming=False, hidden=hidden)
+    options |= {"waits": [wait_s], "start_drops": 0, "dwell_s": DWELL_S}
     found = np.zeros(len(windows))
     for at, window in enumerate(windows):
         policy = least_loss(PolicyContext.of(server), actions=options, tpot_s=tpot_s, headroom=headroom)
