@@ -93,7 +93,7 @@ class KnobsConfig:
     links: dict[str, float] = field(default_factory=dict)
     batches: list[int] = field(default_factory=lambda: [8, 32, 128])
     context_tokens: int = 512
-    freed_gb: list[float] = field(default_factory=lambda: [2.0, 4.0])
+    freed_gb: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0])
     shares: list[float] = field(default_factory=lambda: [1.781, 1.484, 1.187, 0.890])
     loads: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
     sources: list[str] = field(default_factory=lambda: ["burst", "azure_conv", "azure_code", "gamma", "mmpp"])
@@ -141,7 +141,7 @@ def streaming(model: ModelSpec, count: int) -> Plan:
     return replace(dense_plan(model), streamed=tuple(layer in layers for layer in range(model.num_layers)))
 
 
-def hidden(model: ModelSpec) -> Plan:
+def keeping_hidden(model: ModelSpec) -> Plan:
     """Return the plan that keeps hidden states in place of KV."""
     return replace(dense_plan(model), kv_hidden=True)
 
@@ -165,7 +165,7 @@ def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
             Step(knob="KV bits", amount=f"4 bits in {n}, 8 in {model.num_layers - n} layers", plan=low_kv(model, n))
             for n in (0, *layers)
         ],
-        HIDDEN: [Step(knob=HIDDEN, amount="all layers", plan=hidden(model))] if model.hidden_halves_kv else [],
+        HIDDEN: [Step(knob=HIDDEN, amount="all layers", plan=keeping_hidden(model))] if model.hidden_halves_kv else [],
         COMPRESSED: [
             Step(knob=COMPRESSED, amount=f"{percent} %", plan=compressing(model, percent)) for percent in PERCENTS
         ],
@@ -327,15 +327,17 @@ def by_load(cfg: DictConfig, setting: ServeSetting, loss: Mapping[str, Loss]) ->
     graph = PlanGraph(setting.model)
     target_s = setting.slo.tpot_s
     bounds = [
-        (share * target_s, headroom) for share, headroom in product(TPOT_SHARES, HEADROOMS) if target_s is not None
+        (share * target_s, headroom, hidden)
+        for share, headroom, hidden in product(TPOT_SHARES, HEADROOMS, (False, True))
+        if target_s is not None
     ]
     adapting_steps = [
         Step(
             knob=ADAPTING,
-            amount=f"{1e3 * tpot_s:g} ms, {headroom:g} times the KV",
+            amount=f"{1e3 * tpot_s:g} ms, {headroom:g} times the KV" + ", hidden states too" * hidden,
             plan=dense_plan(setting.model),
         )
-        for tpot_s, headroom in bounds
+        for tpot_s, headroom, hidden in bounds
     ]
     graphs = {quality: PlanGraph(setting.model, nats) for quality, nats in loss.items()}
     kept = {
@@ -366,10 +368,18 @@ def by_load(cfg: DictConfig, setting: ServeSetting, loss: Mapping[str, Loss]) ->
                         split: {key: values * factors[key[1]] for key, values in found.items()}
                         for split, found in played.items()
                     }
-                    for number, (tpot_s, headroom) in enumerate(bounds, start=len(steps)):
+                    for number, (tpot_s, headroom, hidden) in enumerate(bounds, start=len(steps)):
                         for split, windows in chosen.items():
                             worth[split]["", number] = adapting(
-                                setting, loss[quality], tpot_s, headroom, budget, windows, graphs[quality], WAIT_S
+                                setting,
+                                loss[quality],
+                                tpot_s,
+                                headroom,
+                                hidden,
+                                budget,
+                                windows,
+                                graphs[quality],
+                                WAIT_S,
                             )
                     done += 1
                     report(done)

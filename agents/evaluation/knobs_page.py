@@ -99,18 +99,30 @@ def steps_table(figures: Mapping[str, Any], quality: str) -> str:
 
 
 def combined_table(figures: Mapping[str, Any]) -> str:
-    """Return the table of the combinations that lose least under both bounds."""
-    rows = []
-    for row in figures["combined"]:
-        cells: dict[str, Any] = {"decodes": row["batch"], "frees (GB)": row["freed_gb"], "link": row["link"]}
-        cells["times dense, at most"] = row["times_dense"]
-        for quality, best in row["best"].items():
-            name = _short(quality)
-            cells[f"best, {name}"] = "none" if best is None else best["plan"]
-            cells[f"loss, {name}"] = "-" if best is None else f"{best['loss_nats']:.3f}"
-            cells[f"times dense, {name}"] = "-" if best is None else f"{best['times_dense']:.2f}"
-        rows.append(cells)
-    return table(rows, {"frees (GB)": "g", "times dense, at most": "g"}, left=3)
+    """Return the table of the combinations that lose least under both bounds; links with the same ones share a row."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    order = sorted(figures["combined"], key=lambda row: (row["batch"], row["freed_gb"], row["times_dense"]))
+    for row in order:
+        plans = tuple(None if best is None else best["plan"] for best in row["best"].values())
+        key = row["batch"], row["freed_gb"], row["times_dense"], plans
+        rows.setdefault(key, []).append(row["link"])
+        found.setdefault(key, row)
+    return table(
+        [_combined_row(found[key], links, figures) for key, links in rows.items()], {"frees (GB)": "g"}, left=4
+    )
+
+
+def _combined_row(row: Mapping[str, Any], links: Sequence[str], figures: Mapping[str, Any]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"decodes": row["batch"], "frees (GB)": row["freed_gb"]}
+    cells["at most times dense"] = f"{row['times_dense']:g}"
+    cells["link"] = "any" if len(links) == len(figures["links"]) else ", ".join(links)
+    for quality, best in row["best"].items():
+        name = _short(quality)
+        cells[f"best, {name}"] = "none" if best is None else best["plan"]
+        cells[f"loss, {name}"] = "-" if best is None else f"{best['loss_nats']:.3f}"
+        cells[f"times dense, {name}"] = "-" if best is None else f"{best['times_dense']:.2f}"
+    return cells
 
 
 def difference(cell: Mapping[str, Any], label: str, other: str) -> tuple[float, float]:
@@ -188,7 +200,7 @@ def plot_steps(path: Path, figures: Mapping[str, Any], batch: int | None = None)
         for rank, label in enumerate(labels(figures), start=1):
             rows = [row for row in figures["equal_bytes"] if row["batch"] == batch and label_of(row) == label]
             freed = [row["freed_bytes"] / GB for row in rows]
-            style = {**line_style(rank), "label": label}
+            style = {**line_style(rank), "label": label} | ({"marker": "o"} if len(rows) == 1 else {})
             left.plot(freed, [row["loss_nats"][quality] for row in rows], **style)
             right.plot(freed, [row["times_dense"] for row in rows], **style)
         left.set_ylabel("loss [nats per token]")

@@ -43,7 +43,7 @@ def test_bytes_freed_by_hand() -> None:
     # 16,384 bytes a token and layer at 16 bits; at 8 bits half, and 4 bytes for the keys and the values of 32 heads.
     assert knobs.freed_bytes(MODEL, eight, REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - (8192 + 2 * 4 * 32))
     four = knobs.low_weights(MODEL, 3)
-    assert knobs.freed_bytes(MODEL, knobs.hidden(MODEL), REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - 8192)
+    assert knobs.freed_bytes(MODEL, knobs.keeping_hidden(MODEL), REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - 8192)
     of_a_layer = layer_weight_bytes(MODEL) - layer_weight_bytes(MODEL, 4)
     assert knobs.freed_bytes(MODEL, four, REQUESTS, CONTEXT) == 3 * of_a_layer
 
@@ -63,7 +63,7 @@ def test_seconds_of_a_decode_iteration_by_hand() -> None:
     assert steady_decode_s(SERVER, knobs.low_kv(MODEL, 32), 32, 512) < steady_decode_s(SERVER, dense, 32, 512)
     # Keys and values of all contexts, computed again in every layer.
     computed_s = 32 * 0.5 * SERVER.priced().linear_s("mha", 16, TOKENS)
-    again = steady_decode_s(SERVER, knobs.hidden(MODEL), 32, 512)
+    again = steady_decode_s(SERVER, knobs.keeping_hidden(MODEL), 32, 512)
     assert again == pytest.approx(steady_decode_s(SERVER, dense, 32, 512) + computed_s)
 
 
@@ -145,7 +145,9 @@ def test_no_combination_within_both_bounds_loses_less() -> None:
     rows = knob_search.combined({"PCIe": knobs.with_link(SERVER, 25e9)}, {"q": loss}, [32], 512, [4.0, 40.0])
     assert [row["times_dense"] for row in rows] == 2 * list(knob_search.TIMES_DENSE)
     dense_s = steady_decode_s(SERVER, dense_plan(MODEL), 32, 512)
-    options = knob_search.grid_options(MODEL, streaming=False)  # streaming is too slow here for all of these bounds
+    options = knob_search.grid_options(
+        MODEL, streaming=False, hidden=True
+    )  # streaming is too slow here for all of these bounds
     for row in rows[:3]:
         within = [
             loss(plan)
