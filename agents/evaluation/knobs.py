@@ -34,6 +34,7 @@ from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.knobs_page import by_load_table, equal_bytes_table, page, plot_steps
 from sim.config import one_thread, run_command
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan, dense_plan, drop, with_mask
@@ -195,7 +196,10 @@ def decode_s(server: ServerSpec, plan: Plan, batch: int, context_tokens: int) ->
         decodes = batch * plan.decode.mha[layer]
         read = decodes * context_tokens * size // full
         rows.append(
-            (1, WEIGHT_BITS.index(plan.product_bits[layer]), 0, 0, decodes, read, batch * plan.decode.ffn[layer], 0)
+            (
+                *(1, WEIGHT_BITS.index(plan.product_bits[layer]), 0, 0, decodes, read),
+                *(batch * plan.decode.ffn[layer], 0, FULL_WIDTH - plan.ffn_width[layer]),
+            )
         )
     compute_s = latency.layered_iteration_s(np.array(rows, dtype=np.int64), batch, batch)
     if not any(plan.streamed):

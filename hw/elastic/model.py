@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        refuse_compressed_kv(plan)
+        refuse_simulated(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -401,12 +401,18 @@ class ElasticModel:
         return weights
 
 
-def refuse_compressed_kv(plan: Plan) -> None:
-    """Check that a plan does not compress KV, which the real engine cannot.
+def refuse_simulated(plan: Plan) -> None:
+    """Check that a plan neither compresses KV nor cuts FFN blocks, which the real engine cannot.
 
     Raises:
         PlanError: if it does.
     """
+    if plan.cuts_ffn:
+        raise PlanError(
+            f"the real engine cannot run FFN blocks at fewer channels ({describe(plan)!r}): it stores their channels "
+            "in the order of the checkpoint; drop FFN blocks, or simulate the plan (python -m hw.score kind=width "
+            "measures its loss)"
+        )
     if plan.kv_compression is not None:
         raise PlanError(
             f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "

@@ -17,8 +17,8 @@ r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode
 removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
 other: with its own measured value, noise included, it would stand out from similar plans. The loss of KV at 8 and 4
-bits is added (``sim.cost.kv_loss``), and so are those of layers in which prompts only write KV (``kv_only_loss``) and
-of compressed KV (``kv_compression_loss``).
+bits is added (``sim.cost.kv_loss``), and so are those of layers in which prompts only write KV (``kv_only_loss``),
+of compressed KV (``kv_compression_loss``) and of FFN blocks at fewer channels (``ffn_width_loss``).
 
 A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
 much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
@@ -39,11 +39,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from sim.cost.kv_compression_loss import (
-    KVCompressionLoss,
-    kv_compression_loss_path,
-    read_kv_compression_loss,
-)
+from sim.cost.ffn_width_loss import FFNWidthLoss, ffn_width_loss_path, read_ffn_width_loss
+from sim.cost.kv_compression_loss import KVCompressionLoss, kv_compression_loss_path, read_kv_compression_loss
 from sim.cost.kv_loss import KVLoss, kv_loss_path, quantizes_kv, read_kv_loss
 from sim.cost.kv_only_loss import KVOnlyLoss, kv_only_layers, kv_only_loss_path, read_kv_only_loss
 from sim.cost.model_spec import ModelSpec, load_model
@@ -143,7 +140,7 @@ class FittedQuality:
     max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
     range: how far the fit holds; None predicts every plan without a bound, as a fit under test needs it.
     kv_loss: what KV at 8 and 4 bits costs; None if it was not measured. kv_only_loss: the same of ``kv_only``.
-    kv_compression_loss: the same of ``kv_compression``.
+    kv_compression_loss, ffn_width_loss: the same of ``kv_compression`` and ``ffn_width``.
     """
 
     name: str
@@ -162,6 +159,7 @@ class FittedQuality:
     kv_loss: KVLoss | None = None
     kv_only_loss: KVOnlyLoss | None = None
     kv_compression_loss: KVCompressionLoss | None = None
+    ffn_width_loss: FFNWidthLoss | None = None
     _others_list: tuple[float, ...] = field(default=(), repr=False)
     _pairs_list: tuple[float, ...] = field(default=(), repr=False)
 
@@ -179,7 +177,7 @@ class FittedQuality:
         others = np.array([precision_and_kv_features(plan, self.kv) for plan in plans])
         score = removed @ self.blocks + pair_features(removed, self.root) @ self.pairs + others @ self.others
         loss: Floats = self.charged(np.minimum(unwarp(score, self.curve), self.max_loss))
-        loss = np.minimum(loss + np.array([self._kv_losses(plan) for plan in plans]), self.max_loss)
+        loss = np.minimum(loss + np.array([self._added_losses(plan) for plan in plans]), self.max_loss)
         return np.where([self._kv_in_range(plan) for plan in plans], loss, self.max_loss)
 
     def loss(self, plan: Plan) -> float:
@@ -187,15 +185,31 @@ class FittedQuality:
         predicted = self.predicted_loss(plan)
         if not self._kv_in_range(plan):
             return self.max_loss
-        return min(float(self.charged(np.float64(predicted))) + self._kv_losses(plan), self.max_loss)
+        return min(float(self.charged(np.float64(predicted))) + self._added_losses(plan), self.max_loss)
 
-    def _kv_losses(self, plan: Plan) -> float:
-        """Return what was measured of KV without other changes of the plan, and is added, in nats per token.
+    def _added_losses(self, plan: Plan) -> float:
+        """Return what was measured of changed KV and FFN widths alone, and is added, in nats per token.
 
         Raises:
             CalibrationError: for what was not measured.
         """
-        return self._kv_bits_loss(plan) + self._kv_only_loss(plan) + self._kv_compression_loss(plan)
+        kv = self._kv_bits_loss(plan) + self._kv_only_loss(plan) + self._kv_compression_loss(plan)
+        return kv + self._ffn_width_loss(plan)
+
+    def _ffn_width_loss(self, plan: Plan) -> float:
+        """Return what FFN blocks at fewer channels cost, in nats per token.
+
+        Raises:
+            CalibrationError: if that was not measured.
+        """
+        if not plan.cuts_ffn:
+            return 0.0
+        if self.ffn_width_loss is None:
+            raise CalibrationError(
+                f"what FFN blocks at fewer channels cost was not measured on {self.name}; leave ffn_width at 8, or "
+                "measure it: python -m hw.score kind=width model.path=..."
+            )
+        return self.ffn_width_loss.of(plan)
 
     def _kv_bits_loss(self, plan: Plan) -> float:
         """Return what KV at 8 and 4 bits costs, in nats per token.
@@ -243,9 +257,9 @@ class FittedQuality:
         return self.kv_compression_loss.of(plan)
 
     def predicted_loss(self, plan: Plan) -> float:
-        """Return the predicted loss over dense without that of changed KV and ``kv_only``, in nats, in any range.
+        """Return the predicted loss over dense without what is added to it, in nats, in any range.
 
-        Tokens that ``kv_keep`` drops are in it.
+        Added is that of changed KV, ``kv_only`` and ``ffn_width`` (``loss``). Tokens that ``kv_keep`` drops are in it.
         """
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
@@ -291,9 +305,9 @@ class FittedQuality:
     def charge(self, plan: Plan) -> float:
         """Return what requests are charged for a plan: its NLL, or NaN for what was not measured.
 
-        That can be quantized or compressed KV, or layers in which prompts only write KV.
+        That can be quantized or compressed KV, layers in which prompts only write KV, or narrower FFN blocks.
         """
-        unknown = self.kv_loss is None and quantizes_kv(plan)
+        unknown = (self.kv_loss is None and quantizes_kv(plan)) or (self.ffn_width_loss is None and plan.cuts_ffn)
         if any(plan.kv_only) and (layers := kv_only_layers(plan)):
             unknown = unknown or self.kv_only_loss is None or not self.kv_only_loss.knows(layers)
         if (wanted := plan.kv_compression) is not None:
@@ -502,10 +516,10 @@ class PublishedQuality:
                 f"what compressed KV costs is not known of {self.model.name}; leave kv_compression out, or take a "
                 "quality that was measured: smollm2_135m"
             )
-        quantized = self._kv_bits_loss(plan)
+        added = self._kv_bits_loss(plan) + self._ffn_width_loss(plan)
         if not self.in_range(plan):
             return max(math.log(self.model.vocab_size), math.log(self.dense_perplexity))
-        loss = quantized
+        loss = added
         if plan.decode != keep_all(self.model):
             loss += self._pruning_loss(plan.decode)
         four = plan.product_bits.count(4)
@@ -523,6 +537,19 @@ class PublishedQuality:
             raise CalibrationError(
                 f"what KV at 8 and 4 bits costs {self.model.name} is not known here; leave kv_bits at 16, or take "
                 "a quality that states it: smollm2_135m (measured), llama2_7b_transferred (by assumption)"
+            )
+        return 0.0
+
+    def _ffn_width_loss(self, plan: Plan) -> float:
+        """Return what FFN blocks at fewer channels cost, in nats per token.
+
+        Raises:
+            CalibrationError: for such blocks: nothing is published here.
+        """
+        if plan.cuts_ffn:
+            raise CalibrationError(
+                f"what FFN blocks at fewer channels cost {self.model.name} is not known here; leave ffn_width at 8, or "
+                "take a quality that states it: smollm2_135m (measured), llama2_7b_transferred (by assumption)"
             )
         return 0.0
 
@@ -582,6 +609,7 @@ class TransferredQuality(PublishedQuality):
     w4_of: the measured model whose loss of W4, by share of the layers, replaces the published one; None keeps that.
     w4_losses: its losses in nats for 0, 1, ... layers of this model; empty without ``w4_of``.
     kv_loss: what KV at 8 and 4 bits costs the measured model, at the same depth; None if that was not measured.
+    ffn_width_loss: the same of FFN blocks at fewer channels.
     """
 
     factors: tuple[float, ...]
@@ -589,6 +617,7 @@ class TransferredQuality(PublishedQuality):
     w4_of: str | None = None
     w4_losses: tuple[float, ...] = ()
     kv_loss: KVLoss | None = None
+    ffn_width_loss: FFNWidthLoss | None = None
 
     def __post_init__(self) -> None:
         PublishedQuality.__post_init__(self)
@@ -613,6 +642,7 @@ class TransferredQuality(PublishedQuality):
             w4_of=None if w4 is None else w4.name,
             w4_losses=() if w4 is None else tuple(w4.w4_loss(n / layers) for n in range(layers + 1)),
             kv_loss=None if profile.kv_loss is None else profile.kv_loss.resampled(layers),
+            ffn_width_loss=None if profile.ffn_width_loss is None else profile.ffn_width_loss.resampled(layers),
         )
 
     def counted_share(self, mask: KeepMask) -> float:
@@ -652,17 +682,26 @@ class TransferredQuality(PublishedQuality):
             return PublishedQuality._kv_bits_loss(self, plan)
         return self.kv_loss.of(plan)
 
+    def _ffn_width_loss(self, plan: Plan) -> float:
+        if self.ffn_width_loss is None:
+            return PublishedQuality._ffn_width_loss(self, plan)
+        return self.ffn_width_loss.of(plan)
+
     def _w4_loss(self, layers: int) -> float:
         return self.w4_losses[layers] if self.w4_losses else PublishedQuality._w4_loss(self, layers)
 
     def summary(self) -> str:
         """Return one line on the data behind the prediction."""
         w4 = "published" if self.w4_of is None else f"assumed to be that of {self.w4_of}"
-        kv = "not known" if self.kv_loss is None else f"assumed to be that of {self.kv_loss.measured_on}"
+        kv, width = (
+            "not known" if one is None else f"assumed to be that of {one.measured_on}"
+            for one in (self.kv_loss, self.ffn_width_loss)
+        )
         return (
             f"quality of {self.model.name}: assumed, not measured; {len(self.points)} published masks, other blocks "
-            f"by the profile of {self.profile_of}; the loss of W4 is {w4}, that of KV at 8 and 4 bits {kv}; a plan "
-            "beyond the published masks is charged the loss of a random guess"
+            f"by the profile of {self.profile_of}; the loss of W4 is {w4}, that of KV at 8 and 4 bits {kv}, "
+            f"that of FFN blocks at fewer channels {width}; a plan beyond the published masks is charged the loss of a "
+            "random guess"
         )
 
 
@@ -802,6 +841,8 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
         quality = replace(quality, kv_loss=read_kv_loss(costs, text, quality.name, layers))
     if (costs := kv_only_loss_path(table)).is_file():
         quality = replace(quality, kv_only_loss=read_kv_only_loss(costs, text, quality.name, layers))
+    if (costs := ffn_width_loss_path(table)).is_file():
+        quality = replace(quality, ffn_width_loss=read_ffn_width_loss(costs, text, quality.name, layers))
     if (costs := kv_compression_loss_path(table)).is_file():
         quality = replace(quality, kv_compression_loss=read_kv_compression_loss(costs, text, quality.name))
     return quality
