@@ -192,7 +192,7 @@ class ServeSetting:
         """Return the NLL of a plan in nats per token; computed once for all plans that differ in limits alone."""
         runs = (
             *(plan.decode, plan.prefill, plan.weight_bits, plan.compute_bits),
-            *(plan.kv_keep, plan.kv_bits, plan.kv_only, plan.kv_compression),
+            *(plan.kv_keep, plan.kv_bits, plan.kv_only, plan.kv_compression, plan.ffn_width),
         )
         found = self._nll.get(runs)
         if found is None:

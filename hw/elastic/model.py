@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        check_stored_kv(plan)
+        refuse_simulated(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -401,12 +401,18 @@ class ElasticModel:
         return weights
 
 
-def check_stored_kv(plan: Plan) -> None:
-    """Check that the real engine can store what a plan keeps of a prompt: keys and values of all heads and channels.
+def refuse_simulated(plan: Plan) -> None:
+    """Check that a plan has nothing that is simulated only: cut FFN blocks, compressed KV, hidden states.
 
     Raises:
         PlanError: for compressed KV, and for hidden states in place of keys and values.
     """
+    if plan.cuts_ffn:
+        raise PlanError(
+            f"the real engine cannot run FFN blocks at fewer channels ({describe(plan)!r}): it stores their channels "
+            "in the order of the checkpoint; drop FFN blocks, or simulate the plan (python -m hw.score kind=width "
+            "measures its loss)"
+        )
     if plan.kv_compression is not None:
         raise PlanError(
             f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "

@@ -84,6 +84,7 @@ def measure_many(
     assert len(cuts) == len(plans)
     assert elastic.plan == dense_plan(elastic.spec)
     assert not any(plan.kv_compression for plan in plans), "hw.score.kv_compression measures these"
+    assert not any(plan.cuts_ffn for plan in plans), "pass the slices of FFN blocks, as hw.score.width does"
     prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
     total, after = [0.0] * len(plans), [0.0] * len(plans)
     with progress("measuring", len(windows), "windows") as report:

@@ -28,7 +28,7 @@ from hw.score.nll import measure_many
 from hw.score.text import Windows
 from hw.score.width_page import mean_loss, page, plot
 from sim.cost.ffn_width import FFN_WIDTHS, ffn_channels
-from sim.cost.memory import ffn_weight_bytes, layer_weight_bytes, linear_weight_bytes, weight_bytes
+from sim.cost.memory import ffn_weight_bytes, layer_weight_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.cost.quality import QUALITIES, Text
@@ -64,17 +64,8 @@ class Variant:
 
 
 def cut_bytes(spec: ModelSpec, width: int) -> int:
-    """Return the bytes that cutting an FFN block to a width in eighths frees; the compensation takes some again."""
-    channels = ffn_channels(spec.intermediate_size, width)
-    if channels == spec.intermediate_size:
-        return 0
-    narrow = replace(spec, intermediate_size=channels)
-    lost = [
-        linear_weight_bytes(spec, full, spec.weight_bits) - linear_weight_bytes(narrow, cut, spec.weight_bits)
-        for full, cut in zip(spec.ffn_linears, narrow.ffn_linears, strict=True)
-    ]
-    compensation = 0 if spec.ffn_bias else spec.hidden_size * spec.weight_dtype_bytes
-    return sum(lost) - compensation
+    """Return the bytes that cutting an FFN block to a width in eighths frees."""
+    return ffn_weight_bytes(spec) - ffn_weight_bytes(spec, width=width)
 
 
 def cut(spec: ModelSpec, kind: str, setting: str, widths: Mapping[int, int]) -> Variant:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sim.cost.ffn_width import FULL_WIDTH
+from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH
+from sim.cost.latency import load_calibration
+from sim.cost.model_spec import load_model
+from sim.cost.plan import dense_plan
 from sim.cost.quality import Text
 from sim.pages.render import commit_of, render, table
 from sim.results.plots import figure_file, line_style
@@ -20,6 +23,14 @@ TEMPLATE = Path(__file__).parent / "templates" / "width.md.j2"
 MIB = GIB / 1024
 WAYS = ("width", "dropped FFN", "4 bits")
 """Kinds of variants that are compared at equal bytes."""
+PRICED = ("llama2_7b_a100", "llama3.1_8b_a100")
+"""Calibrations of the speed-ups."""
+ITERATIONS = {
+    "1 decode": ([], 1, 512, 1),
+    "64 decodes": ([], 64, 64 * 512, 64),
+    "a prompt of 2,048 tokens": ([(2048, 0)], 0, 0, 1),
+}
+"""Name -> chunks, decodes, the sum of their contexts, and sequences that get a token."""
 ALIKE = 0.005
 """Numbers of freed bytes that differ by less than this share are one level."""
 
@@ -148,6 +159,21 @@ def layer_table(figures: Mapping[str, Any], count: int = 5) -> str:
     )
 
 
+def speed_table(calibration: str) -> str:
+    """Return how many times faster iterations are with all FFN blocks cut, by width, from a calibration."""
+    latency = load_calibration(calibration)
+    dense = dense_plan(load_model(latency.model))
+    rows = []
+    for name, iteration in ITERATIONS.items():
+        dense_s = latency.iteration_s(dense, *iteration)
+        row: dict[str, Any] = {"iteration": name}
+        for width in FFN_WIDTHS[1:]:
+            plan = replace(dense, ffn_width=(width,) * len(dense.ffn_width))
+            row[f"{width}/8"] = dense_s / latency.iteration_s(plan, *iteration)
+        rows.append(row)
+    return table(rows, {f"{width}/8": ".2f" for width in FFN_WIDTHS[1:]})
+
+
 def beyond(one: Loss, other: Loss) -> bool:
     """Return whether a loss is below another by more than both standard errors."""
     return one.mean + one.error < other.mean - other.error
@@ -180,6 +206,7 @@ def page(figures: Mapping[str, Any]) -> str:
         widths=width_table(figures),
         layers=layer_table(figures),
         errors=figures["fits"]["test"]["errors"],
+        priced=[{"name": name, "table": speed_table(name)} for name in PRICED],
     )
 
 

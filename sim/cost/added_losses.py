@@ -1,7 +1,8 @@
 """Losses that were measured one by one and are added to the loss of a plan's blocks and precision.
 
-They are those of KV at fewer bits (``sim.cost.kv_loss``), of layers in which prompts only write KV (``kv_only_loss``)
-and of compressed KV (``kv_compression_loss``). That they add up is an assumption.
+They are those of KV at fewer bits (``sim.cost.kv_loss``), of layers in which prompts only write KV (``kv_only_loss``),
+of compressed KV (``kv_compression_loss``) and of FFN blocks at fewer channels (``ffn_width_loss``). That they add up is
+an assumption.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sim.cost.ffn_width_loss import FFNWidthLoss, ffn_width_loss_path, read_ffn_width_loss
 from sim.cost.kv_compression_loss import KVCompressionLoss, kv_compression_loss_path, read_kv_compression_loss
 from sim.cost.kv_loss import KVLoss, kv_loss_path, quantizes_kv, read_kv_loss
 from sim.cost.kv_only_loss import KVOnlyLoss, kv_only_layers, kv_only_loss_path, read_kv_only_loss
@@ -45,6 +47,13 @@ PARTS = (
         "kv_compression",
         lambda plan: plan.kv_compression is not None,
     ),
+    Part(
+        "ffn_width",
+        "what FFN blocks at fewer channels cost",
+        "leave ffn_width at 8",
+        "width",
+        lambda plan: plan.cuts_ffn,
+    ),
 )
 
 
@@ -55,6 +64,7 @@ class AddedLosses:
     kv_bits: KVLoss | None = None
     kv_only: KVOnlyLoss | None = None
     kv_compression: KVCompressionLoss | None = None
+    ffn_width: FFNWidthLoss | None = None
 
     def of(self, plan: Plan, name: str, otherwise: str = MEASURE) -> float:
         """Return what a plan costs of all of them, in nats per token.
@@ -79,11 +89,13 @@ class AddedLosses:
     def transferred(self, layers: int) -> AddedLosses:
         """Return the losses of a model with another number of layers, by assumption.
 
-        KV at fewer bits costs the same at the same depth, and compressed KV the same at the same share of its bytes.
+        KV at fewer bits and narrower FFN blocks cost the same at the same depth, and compressed KV the same at the same
+        share of its bytes.
         In which layers prompts need least is not taken over.
         """
         bits = None if self.kv_bits is None else self.kv_bits.resampled(layers)
-        return AddedLosses(kv_bits=bits, kv_compression=self.kv_compression)
+        width = None if self.ffn_width is None else self.ffn_width.resampled(layers)
+        return AddedLosses(kv_bits=bits, kv_compression=self.kv_compression, ffn_width=width)
 
     def said(self) -> str:
         """Return of which model the losses are, for a summary of a model to which they were transferred."""
@@ -107,8 +119,10 @@ def read_added_losses(table: Path, text: str, model: str, layers: int) -> AddedL
         CalibrationError: if a file is malformed, or of another model.
     """
     bits, writing, compressed = kv_loss_path(table), kv_only_loss_path(table), kv_compression_loss_path(table)
+    width = ffn_width_loss_path(table)
     return AddedLosses(
         kv_bits=read_kv_loss(bits, text, model, layers) if bits.is_file() else None,
         kv_only=read_kv_only_loss(writing, text, model, layers) if writing.is_file() else None,
         kv_compression=read_kv_compression_loss(compressed, text, model) if compressed.is_file() else None,
+        ffn_width=read_ffn_width_loss(width, text, model, layers) if width.is_file() else None,
     )

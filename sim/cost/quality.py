@@ -16,8 +16,8 @@ The fitted model predicts D, the loss of a plan over dense in nats per token:
 r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode drops it. s_b is the measured loss of
 removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
-other: with its own measured value, noise included, it would stand out from similar plans. What KV costs that is
-quantized, compressed, or all that prompts compute in a layer, is added (``sim.cost.added_losses``).
+other: with its own measured value, noise included, it would stand out from similar plans. What changed KV and narrower
+FFN blocks cost is added (``sim.cost.added_losses``).
 
 A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
 much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
@@ -135,7 +135,7 @@ class FittedQuality:
     root: sqrt(s) [b]. kv: what cutting each layer's KV alone costs [l], in nats.
     max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
     range: how far the fit holds; None predicts every plan without a bound, as a fit under test needs it.
-    added: what was measured of KV without other changes of the plan, and is added.
+    added: what was measured of changed KV and of FFN widths without other changes of the plan, and is added.
     """
 
     name: str
@@ -180,9 +180,9 @@ class FittedQuality:
         return min(float(self.charged(np.float64(predicted))) + self.added.of(plan, self.name), self.max_loss)
 
     def predicted_loss(self, plan: Plan) -> float:
-        """Return the predicted loss over dense without that of changed KV and ``kv_only``, in nats, in any range.
+        """Return the predicted loss over dense without what is added to it, in nats, in any range.
 
-        Tokens that ``kv_keep`` drops are in it.
+        Added is that of changed KV, ``kv_only`` and ``ffn_width`` (``loss``). Tokens that ``kv_keep`` drops are in it.
         """
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
@@ -226,7 +226,7 @@ class FittedQuality:
         return self.dense_nll + self.loss(plan)
 
     def charge(self, plan: Plan) -> float:
-        """Return what requests are charged for a plan: its NLL, or NaN if it changes KV in a way not measured."""
+        """Return what requests are charged for a plan: its NLL, or NaN if the loss of some change was not measured."""
         try:
             return self.nll(plan)
         except CalibrationError:
@@ -351,7 +351,8 @@ class PublishedQuality:
     drops a larger share of the parameters than any published mask is outside of the range: it is charged the loss of
     guessing every token with equal probability.
 
-    added: what changed KV costs besides; nothing is published on that, so only ``TransferredQuality`` knows some of it.
+    added: what changed KV and FFN widths cost besides; nothing is published on that, so only ``TransferredQuality``
+        knows some of it.
     """
 
     model: ModelSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.kv_format import kv_formats, saved_tokens
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.cost.streaming import steady_pass_s
@@ -26,8 +27,8 @@ def steady_decode_s(server: ServerSpec, plan: Plan, batch: int, context_tokens: 
         if formats is not None:  # as many tokens at 16 bits have the bytes that a decode reads
             read = formats[layer].read_bytes(stored_tokens) // model.kv_bytes_per_token_layer
         hidden = decodes * stored_tokens if plan.kv_hidden else 0
-        feeding = batch * plan.decode.ffn[layer]
-        rows.append((1, WEIGHT_BITS.index(bits), 0, 0, decodes, decodes * read, feeding, 0, hidden))
+        feeding, cut = batch * plan.decode.ffn[layer], FULL_WIDTH - plan.ffn_width[layer]
+        rows.append((1, WEIGHT_BITS.index(bits), 0, 0, decodes, decodes * read, feeding, 0, cut, hidden))
     compute_s = latency.layered_iteration_s(np.array(rows, dtype=np.int64), batch, batch)
     if not any(plan.streamed):
         return compute_s
