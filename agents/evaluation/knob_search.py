@@ -15,6 +15,7 @@ import numpy as np
 
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
+from sim.cost.ffn_width import FFN_WIDTHS
 from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
@@ -58,6 +59,7 @@ def grid_options(model: ModelSpec, *, streaming: bool, hidden: bool) -> dict[str
         "kv_bits": [16, 8, 4, HIDDEN] if hidden and model.hidden_halves_kv else [16, 8, 4],
         "kv_compression": [None, *COMPRESSED] if streaming else [None, COMPRESSED[0]],
         "streamed": [n for n in (0, 4, 8, 16) if n <= layers] if streaming else [0],
+        "ffn_width": list(FFN_WIDTHS[:2]),
     }
 
 
@@ -132,7 +134,7 @@ def combined(
     return rows
 
 
-UNUSED = ("drop 0", "W4 0", "queue any", "KV16", "KV whole", "streamed 0")
+UNUSED = ("FFN 8/8", "drop 0", "W4 0", "queue any", "KV16", "KV whole", "streamed 0")
 """What a name says of knobs that are left alone."""
 
 

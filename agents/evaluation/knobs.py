@@ -5,6 +5,7 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     dropped blocks   the first n blocks of the model's order (RAP, BlockPruner)
     W4               the first n layers at 4 bits (MorphServe)
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
+    FFN width        n eighths of the channels of all FFN blocks run (AmoebaLLM)
     hidden states    in place of keys and values, which decodes compute again (Apt-Serve; only models without GQA)
     compressed KV    n percent of the bytes of a prompt's KV stay (Ada-KV, or ThinK where that loses less)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
@@ -41,6 +42,7 @@ from agents.envs.serve_windows import Window
 from agents.evaluation.knob_search import adapting, combined
 from agents.evaluation.knobs_page import by_load_table, equal_bytes_table, page, plot_steps
 from sim.config import one_thread, run_command
+from sim.cost.ffn_width import FFN_WIDTHS
 from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
@@ -61,6 +63,7 @@ Loss = Callable[[Plan], float]
 """Returns the nats per token that a plan costs."""
 DENSE = "dense"
 STREAMED = "streamed"
+NARROW = "FFN width"
 HIDDEN = "hidden states"
 COMPRESSED = "compressed KV"
 ANY = "any one plan"
@@ -141,6 +144,11 @@ def streaming(model: ModelSpec, count: int) -> Plan:
     return replace(dense_plan(model), streamed=tuple(layer in layers for layer in range(model.num_layers)))
 
 
+def narrow(model: ModelSpec, width: int) -> Plan:
+    """Return the plan that runs this many eighths of the channels of every FFN block."""
+    return replace(dense_plan(model), ffn_width=(width,) * model.num_layers)
+
+
 def keeping_hidden(model: ModelSpec) -> Plan:
     """Return the plan that keeps hidden states in place of KV."""
     return replace(dense_plan(model), kv_hidden=True)
@@ -165,6 +173,7 @@ def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
             Step(knob="KV bits", amount=f"4 bits in {n}, 8 in {model.num_layers - n} layers", plan=low_kv(model, n))
             for n in (0, *layers)
         ],
+        NARROW: [Step(knob=NARROW, amount=f"{width}/8", plan=narrow(model, width)) for width in FFN_WIDTHS[1:]],
         HIDDEN: [Step(knob=HIDDEN, amount="all layers", plan=keeping_hidden(model))] if model.hidden_halves_kv else [],
         COMPRESSED: [
             Step(knob=COMPRESSED, amount=f"{percent} %", plan=compressing(model, percent)) for percent in PERCENTS
@@ -188,7 +197,7 @@ def served_steps(model: ModelSpec) -> list[Step]:
     steps += [every["dropped blocks"][n - 1] for n in blocks]
     steps += [every["W4"][n - 1] for n in (quarter, 2 * quarter, 3 * quarter, total)]
     steps += [every["KV bits"][n] for n in (0, total // 2, total)]
-    steps += every[HIDDEN]
+    steps += every[NARROW] + every[HIDDEN]
     steps += [every[COMPRESSED][PERCENTS.index(percent)] for percent in (90, 70, 50, 30)]
     counts = [n for n in (4, 6, 8, 12, 16, 24, total) if LEAST_STREAMED <= n <= total]
     steps += [every[STREAMED][n - LEAST_STREAMED] for n in sorted(set(counts))]

@@ -3,9 +3,9 @@
 ``ServeObserver`` turns the history of ``EngineState`` into numbers; they contain no output length, and nothing of the
 future except announced changes of the budget. ``serve_actions`` lists plans: a number of dropped blocks of an order, a
 number of layers at low precision, and admission limits in requests and in seconds; if asked for, also streamed layers,
-KV at fewer bits, compressed KV, products at fewer bits, and layers in which prompts only write KV. An action is a pair:
-the weights (and which of them are streamed), and what can change at any time without a copy: all else. ``groups``
-numbers the weights.
+narrower FFN blocks, KV at fewer bits, compressed KV, products at fewer bits, and layers in which prompts only write KV.
+An action is a pair: the weights (and which of them are streamed), and what can change at any time without a copy: all
+else. ``groups`` numbers the weights.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import (
@@ -148,6 +149,7 @@ def serve_actions(
     kv_only: Sequence[int] = (0,),
     kv_compression: Sequence[Mapping[str, Any] | None] = (None,),
     streamed: Sequence[int] = (0,),
+    ffn_width: Sequence[int] = (FULL_WIDTH,),
     start_drops: int | None = None,
     dwell_s: float = 0.0,
     workspace_bytes: int = 0,
@@ -169,6 +171,7 @@ def serve_actions(
         kv_compression: how the KV of prompts is compressed from now on, such as ``{method: ada_kv, percent: 70}``; None
             for not at all. Hidden states are not compressed: there are no plans with both.
         streamed: how many layers are streamed from the host (``sim.cost.streaming.nested_layers``): 0, or 3 or more.
+        ffn_width: how many eighths of the channels of all FFN blocks run: 8, 7, 6 or 5.
         start_drops: None starts with the first plan. A number starts with the most layers at low precision and nothing
             dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
             engine refuses prompts that do not fit the memory that its first plan leaves for KV, so a start with full
@@ -182,13 +185,14 @@ def serve_actions(
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
     held_ways = [_compression(way) for way in kv_compression]
-    empty = not all((drops, low_layers, admits, waits, runs, kv_bits, compute_bits, kv_only, held_ways, streamed))
-    if empty or max(drops) > len(order) or min(drops) < 0:
+    limits_and_kv = admits, waits, runs, kv_bits, compute_bits, kv_only, held_ways
+    if not all((drops, low_layers, streamed, ffn_width, *limits_and_kv)) or max(drops) > len(order) or min(drops) < 0:
         raise ConfigError(
             f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
             f"{list(admits)}, waits {list(waits)}, runs {list(runs)}, kv_bits {list(kv_bits)}, compute_bits "
             f"{list(compute_bits)}, kv_only {list(kv_only)}, kv_compression {list(kv_compression)}, streamed "
-            f"{list(streamed)}; each list needs an entry, and drops must lie between 0 and the length of the order"
+            f"{list(streamed)}, ffn_width {list(ffn_width)}; each list needs an entry, and drops must lie between 0 "
+            "and the length of the order"
         )
     for name, counts in (("streamed", streamed), ("kv_only", kv_only)):
         if any(not is_whole(count) or not 0 <= count <= model.num_layers for count in counts):
@@ -198,6 +202,8 @@ def serve_actions(
             )
     if any(bits not in (*KV_BITS, HIDDEN) for bits in kv_bits):
         raise ConfigError(f"actions.kv_bits is {list(kv_bits)}; allowed are 16, 8, 4 and {HIDDEN}")
+    if any(width not in FFN_WIDTHS for width in ffn_width):
+        raise ConfigError(f"actions.ffn_width is {list(ffn_width)}; allowed are 8, 7, 6 and 5, in eighths")
     if any(bits not in WEIGHT_BITS for bits in compute_bits):
         raise ConfigError(f"actions.compute_bits is {list(compute_bits)}; allowed are 16, 8 and 4")
     limits = tuple(product(admits, waits, runs))
@@ -210,9 +216,11 @@ def serve_actions(
     far_apart = nested_layers(model.num_layers)
     # Streamed layers and bits of KV are observed together, as tables with either of them always were.
     memory = len(streamed) > 1 or len(kv_bits) > 1
-    observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1, len(held_ways) > 1
-    combinations = product(enumerate(drops), enumerate(low_layers), enumerate(streamed), free)
-    for (i, gone), (j, low), (s, crossing), ((kept, held), compute, writing, (k, limit)) in combinations:
+    observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1, len(held_ways) > 1, len(ffn_width) > 1
+    per_precision = len(streamed) * len(ffn_width)
+    moved = tuple(product(enumerate(streamed), ffn_width))
+    combinations = product(enumerate(drops), enumerate(low_layers), moved, free)
+    for (i, gone), (j, low), ((s, crossing), width), ((kept, held), compute, writing, (k, limit)) in combinations:
         mask = drop(
             model,
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
@@ -230,6 +238,7 @@ def serve_actions(
             compute_bits=tuple(nested_bits(each, compute) for each in bits),
             kv_only=tuple(layer in prompts_least_need[:writing] for layer in range(model.num_layers)),
             kv_compression=held,
+            ffn_width=(width,) * model.num_layers,
             streamed=tuple(layer in far_apart[:crossing] for layer in range(model.num_layers)),
             max_waiting=max_waiting,
             max_wait_s=max_wait_s,
@@ -243,11 +252,12 @@ def serve_actions(
             + (f", KV only {writing}" if len(kv_only) > 1 else "")
             + (f", KV {_compression_name(held)}" if len(held_ways) > 1 else "")
             + (f", streamed {crossing}" if len(streamed) > 1 else "")
+            + (f", FFN {width}/8" if len(ffn_width) > 1 else "")
         )
         plans.append(plan)
         moves = s / max(1, len(streamed) - 1), kept / 16 if isinstance(kept, int) else 0.0
         stays = 1.0 if held is None else held.percent / 100
-        shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1), stays
+        shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1), stays, width / FULL_WIDTH
         extras.append(tuple(value for value, differs in zip((*moves, *shown), observed, strict=True) if differs))
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
@@ -256,8 +266,8 @@ def serve_actions(
         raise ConfigError(f"actions.start_drops is {start_drops}; it must be a number of blocks from 0 on, or null")
     enough = min((gone for gone in drops if gone >= (start_drops or 0)), default=max(drops))
     each = len(free)
-    dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * len(streamed) * each
-    lowest = 0 if start_drops is None else list(low_layers).index(max(low_layers)) * len(streamed) * each
+    dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * per_precision * each
+    lowest = 0 if start_drops is None else list(low_layers).index(max(low_layers)) * per_precision * each
     return ServeActions(
         names=tuple(names),
         plans=tuple(plans),
@@ -350,6 +360,7 @@ EXTRA_ENTRIES = (
     Entry("compute_bits", "bits / 16", 0.0, 1.0, "the most bits at which products run"),
     Entry("level_kv_only", "share", 0.0, 1.0, "how far along the numbers of layers in which prompts only write KV"),
     Entry("kv_stays", "share", 0.0, 1.0, "of the bytes of a prompt's KV, when it is compressed from now on"),
+    Entry("ffn_width", "share", 0.0, 1.0, "of the channels of FFN blocks that the present choice runs"),
 )
 """Observed in addition where plans differ in them."""
 

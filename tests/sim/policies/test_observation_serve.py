@@ -241,7 +241,7 @@ def test_a_table_may_have_streamed_layers_and_bits_of_kv() -> None:
     for wrong in ((2,), (33,), (-1,)):
         with pytest.raises(RapLabError, match="streamed"):
             serve_actions(MODEL, streamed=wrong)
-    with pytest.raises(ConfigError, match=r"kv_bits \[\], .*streamed \[0\]; each list needs an entry"):
+    with pytest.raises(ConfigError, match=r"kv_bits \[\], .*streamed \[0\], ffn_width \[8\]; each list needs an entry"):
         serve_actions(MODEL, kv_bits=())
 
 
@@ -291,6 +291,23 @@ def test_hidden_states_are_one_of_the_ways_to_keep_kv() -> None:
         serve_actions(MODEL, kv_bits=("hid",))
     with pytest.raises(PlanError, match="no GQA"):
         serve_actions(load_model("smollm2_135m"), kv_bits=("hidden",))
+
+
+def test_a_table_may_have_narrower_ffn_blocks() -> None:
+    made = serve_actions(
+        MODEL, order=["MHA25"], drops=(0, 1), low_layers=(0, 32), waits=(0.5, 0.9), ffn_width=(8, 6), start_drops=1
+    )
+    assert made.heads == (2 * 2 * 2, 2)
+    assert [entry.name for entry in made.extra_entries] == ["ffn_width"]
+    for number, plan in enumerate(made.plans):
+        assert set(plan.ffn_width) == {(8, 6)[number // 2 % 2]}
+        assert made.extras[number] == ((1.0, 0.75)[number // 2 % 2],)
+    assert made.names[2] == "drop 0, W4 0, queue any, wait 0.5 s, FFN 6/8"
+    low, dropping = (made.plans[at] for at in made.starts)
+    assert (set(low.weight_bits), set(low.ffn_width), all(low.decode.mha)) == ({4}, {8}, True)
+    assert (set(dropping.weight_bits), set(dropping.ffn_width), dropping.decode.mha[25]) == ({16}, {8}, False)
+    with pytest.raises(ConfigError, match=r"actions.ffn_width is \[4\]; allowed are 8, 7, 6 and 5"):
+        serve_actions(MODEL, ffn_width=(4,))
 
 
 def test_streamed_layers_and_bits_of_kv_are_observed_last_where_plans_differ_in_them() -> None:
