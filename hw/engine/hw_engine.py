@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from hw.elastic.attention import Attention
 from hw.elastic.attention_choice import find_attention
@@ -207,7 +207,7 @@ class HwEngine(Replica):
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
-            check_bits=check_stored_kv,
+            check_bits=partial(check_stored_kv, hidden=plan.kv_hidden),
             late_arrivals=True,
             on_token=on_token,
             holds=holds,
