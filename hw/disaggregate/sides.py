@@ -90,6 +90,7 @@ def gather(arena: KVArena, table: BlockTable, tokens: int) -> memoryview:
     Layers at 16 bits come first, all keys and then all values, layer by layer; then the packed tokens of layers at 8
     bits, and of those at 4.
     """
+    assert not table.stores_hidden
     halves = [_read(arena, table.kept_slots(tokens, bits), bits) for bits in KV_BITS]
     parts = [part for part in halves if part.numel()]
     content: memoryview = (parts[0] if len(parts) == 1 else torch.cat(halves)).numpy().data

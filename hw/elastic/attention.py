@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from hw.elastic import ops
 from hw.elastic.block_arrays import Int32s, Int64s
+from hw.elastic.hidden_kv import HiddenKV, Project
 from hw.elastic.paged_kv import KVArena
 from hw.elastic.quantized_kv import QuantizedKV, rotated
 from sim.cost.model_spec import ModelSpec
@@ -315,15 +316,11 @@ class PreparedSdpa(Prepared):
         scale: float,
     ) -> None:
         """Write the attention of a prompt chunk [n, H, d]; ``table`` has the blocks that hold all tokens so far."""
-        count, heads, head_dim = query.shape
+        count, heads = query.shape[:2]
         kv_heads, total = key.shape[1], prefix + count
-        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
         if table is not None:
-            at = table[: -(-total // self._rows.block_tokens)]
-            key, value = (
-                half.index_select(0, at).view(-1, kv_heads, head_dim)[:total].transpose(0, 1)[None]
-                for half in self._arena.rows()
-            )
+            key, value = self._all_tokens(table[: -(-total // self._rows.block_tokens)], total)
+        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
         if table is None and (not window or window >= total):
             attended = functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=kv_heads != heads
@@ -337,6 +334,11 @@ class PreparedSdpa(Prepared):
             part = slice(start, min(start + most, count))
             attended = masked_attention(query[:, :, part], key, value, seen[part], scale, fold)
             out[part] = attended[0].transpose(0, 1)
+
+    def _all_tokens(self, at: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [k, h, d] of the first ``total`` tokens of a request, from its blocks."""
+        keys, values = (half.index_select(0, at).flatten(0, 1)[:total] for half in self._arena.rows())
+        return keys, values
 
     def _seen_by_chunk(self, prefix: int, total: int, window: int) -> Tensor:
         key = prefix, total, window
@@ -402,6 +404,53 @@ class PreparedQuantized(PreparedSdpa):
     def _gather(self, at: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and values of blocks, and zeros in places that no token fills."""
         return _zeroed(*self._quantized.read(at), mask)
+
+
+class PreparedHidden(PreparedSdpa):
+    """Requests whose hidden states are stored: PyTorch's attention over keys and values that are computed from them."""
+
+    def __init__(self, rows: Rows, arena: KVArena, kv: HiddenKV) -> None:
+        """Take the block tables; ``rows.block_tokens`` are those of ``kv``."""
+        super().__init__(rows, arena)
+        self.arrays, self._hidden = [rows.table.astype(np.int64)], kv
+        if rows.prefix.any():
+            self.arrays.append(rows.chunk_table.astype(np.int64))
+        self._project: Project | None = None
+        self._width = 0
+
+    def attend_with(
+        self,
+        project: Project,
+        at: int,
+        tensors: Sequence[Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Return what ``attend`` does, with the layer's projection of hidden states to keys and values."""
+        self._project = project
+        return self.attend(at, tensors, query, key, value, scale)
+
+    def _decode(self, group: _Decodes, table: Tensor, query: Tensor, scale: float) -> Tensor:
+        self._width = group.width
+        return super()._decode(group, table, query, scale)
+
+    def _gather(self, at: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of blocks, ``_width`` of each request, and zeros in places that no token fills."""
+        positions = torch.arange(self._width * self._rows.block_tokens, device=at.device)
+        keys, values = self._projected(at, positions.repeat(len(at) // self._width))
+        shape = len(at), self._rows.block_tokens, *keys.shape[1:]
+        return _zeroed(keys.view(shape), values.view(shape), mask)
+
+    def _all_tokens(self, at: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [k, h, d] of the first ``total`` tokens of a request, from its blocks."""
+        return self._projected(at, torch.arange(total, device=at.device))
+
+    def _projected(self, at: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the first tokens of blocks, as many as there are positions."""
+        assert self._project is not None
+        return self._project(self._hidden.read(at).flatten(0, 1)[: len(positions)], positions)
 
 
 def _zeroed(keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -23,14 +23,17 @@ Int64s = npt.NDArray[np.int64]
 
 # Shapes: l layers, r requests, w KV blocks of one layer.
 
+HIDDEN = 1
+"""Stands among bits of KV for hidden states in place of keys and values."""
+
 
 class HeldBlocks:
     """What was read of one table.
 
     blocks: [l, at least w], the KV blocks of each layer; undefined for layers that the request does not run.
     needed: blocks of the layer that has most. runs: bool [l]. first, last: [l], how many of the first and last tokens a
-        layer keeps; last is 0 where it keeps all. bits: [l], at which precision it stores KV. full: whether that is 16
-        in every layer.
+        layer keeps; last is 0 where it keeps all. bits: [l], at which precision it stores KV, ``HIDDEN`` for hidden
+        states. full: whether that is 16 in every layer.
     """
 
     def __init__(self, layers: int) -> None:
@@ -53,7 +56,8 @@ class HeldBlocks:
             self.runs[self._layers] = True
         if table.formats is not self._formats:
             self._formats = table.formats
-            self.bits[:] = 16 if table.formats is None else [one.bits for one in table.formats]
+            formats = table.formats or ()
+            self.bits[:] = [HIDDEN if one.hidden else one.bits for one in formats] or 16
             self.full = bool((self.bits == 16).all())
             keeps = [table.keep_of(layer) for layer in range(len(self.runs))]
             self.keeps_all = all(keep.last_tokens is None for keep in keeps)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hw.elastic import ops
+from hw.elastic.hidden_kv import Project
 from hw.elastic.layers import Layer, Norm
 from hw.elastic.model import ElasticModel, Rope
 from sim.cost.plan import KeepMask
@@ -29,7 +31,8 @@ class Batch(Protocol):
 
     tokens, positions: of each row, on the device. wanted: rows whose logits count. decodes: how many rows come first
     that are decodes. kv_only: for each layer, whether most tokens of prompts only write their keys and values in it.
-    passing: the rows that run all of such a layer: decodes, then last tokens of prompts.
+    passing: the rows that run all of such a layer: decodes, then last tokens of prompts. known: positions of the tokens
+    whose hidden states are stored in place of keys and values; None where none are.
     """
 
     @property
@@ -62,6 +65,11 @@ class Batch(Protocol):
         """Rows that run all of such a layer: the decodes, then the last tokens of the prompts that end."""
         ...
 
+    @property
+    def known(self) -> Tensor | None:
+        """Positions of the tokens whose hidden states are stored in place of keys and values; None: none are."""
+        ...
+
     def rows(self, layer: int) -> Tensor | None:
         """Return the rows that run a layer's MHA block: None for all, empty for none."""
         ...
@@ -83,8 +91,13 @@ class Batch(Protocol):
         k_norm: Tensor | None,
         eps: float,
         offset: float,
+        normed: Tensor | None = None,
+        project: Project | None = None,
     ) -> Tensor:
-        """Return the attention [n, H d] of the rows that run all of a layer, from the product of all with q, k, v."""
+        """Return the attention [n, H d] of the rows that run all of a layer, from the product of all with q, k, v.
+
+        normed: what that product was of, [n, e]. project: gives keys and values of hidden states that are stored.
+        """
         ...
 
 
@@ -146,11 +159,12 @@ def forward(
     """
     hidden = _Hidden(elastic.embed(batch.tokens, batch.positions))
     rope = elastic.rotate(batch.positions)
+    known = None if batch.known is None else elastic.rotate(batch.known)
     split, count = batch.decodes, len(batch.tokens)
     for index, layer in enumerate(elastic.layers):
         elastic.streams.enter(index)
         if prefill.mha[index] or decode.mha[index]:
-            _run_mha(elastic, batch, index, layer, hidden, rope)
+            _run_mha(elastic, batch, index, layer, hidden, rope, known)
             if check:
                 _check_finite(hidden, f"MHA{index}")
         start = 0 if decode.ffn[index] else split
@@ -171,30 +185,54 @@ def forward(
     return elastic.ends.logits(normed) if head else normed
 
 
-def _run_mha(elastic: ElasticModel, batch: Batch, index: int, layer: Layer, hidden: _Hidden, rope: Rope) -> None:
-    """Run the MHA block of a layer on the rows that have its KV."""
+def _run_mha(
+    elastic: ElasticModel,
+    batch: Batch,
+    index: int,
+    layer: Layer,
+    hidden: _Hidden,
+    rope: Rope,
+    known: Rope | None,
+) -> None:
+    """Run the MHA block of a layer on the rows that have its KV.
+
+    known: rotations of the tokens whose hidden states are stored, None where none are.
+    """
     rows, passing = batch.rows(index), batch.passing_rows(index)
+
+    def attended(normed: Tensor, own: Rope) -> Tensor:
+        return attend(elastic, batch, index, layer, layer.qkv(normed), own, normed, known)
+
     if passing is not None:
         if rows is None or rows.numel():
             total = hidden.settle()
             some = rope if rows is None else tuple((cos[rows], sin[rows]) for cos, sin in rope)
-            qkv = layer.qkv(layer.mha_norm(total if rows is None else total[rows]))
-            attended = attend(elastic, batch, index, layer, qkv, some)
+            out = attended(layer.mha_norm(total if rows is None else total[rows]), some)
             if passing.numel():
-                total.index_add_(0, passing, layer.added(layer.out(attended), layer.mha_post_norm))
+                total.index_add_(0, passing, layer.added(layer.out(out), layer.mha_post_norm))
     elif rows is None:
-        normed = hidden.normed(layer.mha_norm)
-        hidden.add(layer.attend(normed, lambda qkv: attend(elastic, batch, index, layer, qkv, rope)))
+        hidden.add(layer.added(layer.out(attended(hidden.normed(layer.mha_norm), rope)), layer.mha_post_norm))
     elif rows.numel():
         total = hidden.settle()
         some = tuple((cos[rows], sin[rows]) for cos, sin in rope)
-        normed = layer.mha_norm(total[rows])
-        added = layer.attend(normed, lambda qkv: attend(elastic, batch, index, layer, qkv, some))
-        total.index_add_(0, rows, added)
+        out = attended(layer.mha_norm(total[rows]), some)
+        total.index_add_(0, rows, layer.added(layer.out(out), layer.mha_post_norm))
 
 
-def attend(elastic: ElasticModel, batch: Batch, index: int, layer: Layer, qkv: Tensor, rope: Rope) -> Tensor:
-    """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v."""
+def attend(
+    elastic: ElasticModel,
+    batch: Batch,
+    index: int,
+    layer: Layer,
+    qkv: Tensor,
+    rope: Rope,
+    normed: Tensor | None = None,
+    known: Rope | None = None,
+) -> Tensor:
+    """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v.
+
+    normed: what that product was of. known: rotations of the tokens whose hidden states are stored, None for none.
+    """
     norm = layer.q_norm
     return batch.attend(
         index,
@@ -207,7 +245,26 @@ def attend(elastic: ElasticModel, batch: Batch, index: int, layer: Layer, qkv: T
         k_norm=None if layer.k_norm is None else layer.k_norm.weight.value,
         eps=0.0 if norm is None else norm.eps,
         offset=0.0 if norm is None else norm.offset,
+        normed=normed,
+        project=None if known is None else _projection(elastic, layer, known),
     )
+
+
+def _projection(elastic: ElasticModel, layer: Layer, known: Rope) -> Project:
+    """Return how a layer computes keys and values of stored hidden states; ``known``: rotations of their positions."""
+    kv_heads, head_dim = elastic.spec.num_kv_heads, elastic.spec.head_dim
+
+    def project(normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        both = layer.qkv.last(normed, 2 * kv_heads * head_dim).view(-1, 2 * kv_heads, head_dim)
+        key, value = both[:, :kv_heads], both[:, kv_heads:]
+        if (norm := layer.k_norm) is not None:
+            key = ops.rms_norm_reference(key, norm.weight.value, norm.eps, norm.offset)
+        if layer.rotation is not None:
+            cos, sin = known[layer.rotation]
+            key = ops.rotate(key, cos[positions], sin[positions])
+        return key, value
+
+    return project
 
 
 def all_finite(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import attempt
+from hw.elastic.hidden_kv import HiddenKV
 from hw.elastic.host_kv import HostKV
 from hw.elastic.paged_kv import KVArena
 from hw.elastic.quantized_kv import QuantizedKV
@@ -48,9 +49,13 @@ class ArenaStorage:
         """Copy the content of blocks to others: old number to new."""
         attempt(self._hardware, lambda: self._move(moved))
 
-    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16) -> None:
-        """Copy the content of slots to others at ``bits`` bits, all read before any is written."""
-        attempt(self._hardware, lambda: self._copy(torch.tensor(source), torch.tensor(target), bits))
+    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16, *, hidden: bool = False) -> None:
+        """Copy the content of slots to others at ``bits`` bits, all read before any is written.
+
+        ``hidden``: they hold hidden states, of which a target block has twice as many.
+        """
+        slots = torch.tensor(source), torch.tensor(target)
+        attempt(self._hardware, lambda: self._copy_hidden(*slots) if hidden else self._copy(*slots, bits))
 
     def save_on_host(self, request_id: int, blocks: Sequence[int]) -> None:
         """Copy the content of blocks to host memory, in the order of all other work: nothing waits for it."""
@@ -75,6 +80,11 @@ class ArenaStorage:
         packed = {new for old, new in moved.items() if old in self._arena.packed}
         self._arena.packed.difference_update(moved.values())
         self._arena.packed |= packed
+
+    def _copy_hidden(self, source: Tensor, target: Tensor) -> None:
+        arena = self._arena
+        states = HiddenKV(arena, arena.block_tokens).read_slots(source.to(arena.device))
+        HiddenKV(arena, 2 * arena.block_tokens).write(target.to(arena.device), states)
 
     def _copy(self, source: Tensor, target: Tensor, bits: int) -> None:
         device = self._arena.device

@@ -135,6 +135,16 @@ class Matrix:
             return ops.half_linear(x, self.weight.value, bias)
         return functional.linear(x, self.weight.value, bias)
 
+    def last(self, x: Tensor, count: int) -> Tensor:
+        """Return the last ``count`` columns of the product, computed alone."""
+        first = self.shape[0] - count
+        bias = None if self.bias is None else self.bias.value[first:]
+        if self.quantized is not None:
+            return ops.quantized_linear(x, self.quantized.rows(first, first + count), bias)
+        if self.half and self._has_half:
+            return ops.half_linear(x, self.weight.value[first:], bias)
+        return functional.linear(x, self.weight.value[first:], bias)
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:

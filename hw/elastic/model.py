@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        refuse_simulated(plan)
+        check_real_plan(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -255,6 +255,11 @@ class ElasticModel:
             raise PlanError(
                 f"the plan {describe(self.plan)!r} has layers that only write KV for most tokens of a prompt; "
                 "hw.elastic.forward runs them, and hw.score measures them; leave kv_only out here"
+            )
+        if requests is not None and self.plan.kv_hidden:
+            raise PlanError(
+                "the plan keeps hidden states in place of keys and values; hw.elastic.forward does so. Leave kv_hidden "
+                "out here"
             )
         self.ready()
         running = self.running(stage)
@@ -401,11 +406,13 @@ class ElasticModel:
         return weights
 
 
-def refuse_simulated(plan: Plan) -> None:
-    """Check that a plan has nothing that is simulated only: cut FFN blocks, compressed KV, hidden states.
+def check_real_plan(plan: Plan, *, hidden: bool | None = None) -> None:
+    """Check that the real engine can run a plan, and store what it keeps of a prompt.
 
+    Args:
+        hidden: whether an engine stores hidden states in place of keys and values; None: that of the plan.
     Raises:
-        PlanError: for compressed KV, and for hidden states in place of keys and values.
+        PlanError: for cut FFN blocks, for compressed KV, and for a plan that keeps the other of the two.
     """
     if plan.cuts_ffn:
         raise PlanError(
@@ -419,10 +426,11 @@ def refuse_simulated(plan: Plan) -> None:
             "channels of a token at one precision; use kv_keep or kv_bits, or simulate the plan (python -m hw.score "
             "kind=kv_compression measures its loss)"
         )
-    if plan.kv_hidden:
+    if hidden is not None and plan.kv_hidden != hidden:
         raise PlanError(
-            "the real engine cannot keep hidden states in place of keys and values (kv_hidden): its attention reads "
-            "keys and values; use kv_bits, or simulate the plan"
+            f"the real engine started with kv_hidden={str(hidden).lower()}, and cannot serve with "
+            f"kv_hidden={str(plan.kv_hidden).lower()} later, as neither hidden states nor keys and values can be made "
+            "from what it has stored; use policy=fixed with either, or simulate a policy that chooses"
         )
 
 

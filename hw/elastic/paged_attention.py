@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from hw.elastic import ops
-from hw.elastic.attention import Attention, Prepared, PreparedQuantized, Rows
+from hw.elastic.attention import Attention, Prepared, PreparedHidden, PreparedQuantized, Rows
 from hw.elastic.attention_choice import default_attention
-from hw.elastic.block_arrays import HeldBlocks, Int32s, Int64s, read_table, stack_blocks
+from hw.elastic.block_arrays import HIDDEN, HeldBlocks, Int32s, Int64s, read_table, stack_blocks
+from hw.elastic.hidden_kv import HiddenKV, Project
 from hw.elastic.paged_kv import KVArena
 from hw.elastic.quantized_kv import QuantizedKV
 from hw.elastic.staging import Staging
@@ -50,14 +51,15 @@ class _Part:
     """The rows of a group whose KV has the same precision.
 
     rows: of the group (None: all). prepared: their attention. tensors: what it needs on the device. kv, slots: where
-    new keys and values are stored, [layers, rows], if they are quantized; else None, as they are stored already.
+    new keys and values are stored, [layers, rows], if they are quantized, or hidden states in their place; else None,
+    as they are stored already.
     asking, answers: in a group of ``kv_only``, the rows of the group that attend, and their places among all that do.
     """
 
     rows: Tensor | None
     prepared: Prepared
     tensors: Sequence[Tensor]
-    kv: QuantizedKV | None = None
+    kv: QuantizedKV | HiddenKV | None = None
     slots: Tensor | None = None
     asking: Tensor | None = None
     answers: Tensor | None = None
@@ -68,8 +70,9 @@ class _Group:
     """Layers that run for the same requests, and store the KV of each request at the same precision.
 
     rows: of the iteration (None: all). slots: [layers, n], where the new keys and values are stored in the arena;
-    negative for those that are quantized. parts: the rows by precision. passing: in a group of ``kv_only``, the rows of
-    the iteration that run all of the MHA block; the others only write keys and values. None elsewhere: all run it.
+    negative for those that are quantized or not stored. parts: the rows by precision. passing: in a group of
+    ``kv_only``, the rows of the iteration that run all of the MHA block; the others only write keys and values. None
+    elsewhere: all run it.
     """
 
     rows: Tensor | None
@@ -99,7 +102,8 @@ class PagedBatch:
     tensors of the arrays that were passed as ``extra``. layout: where all others lie in the memory of the staging.
     layers: which group of arrays each layer reads, in the order of the layers. kv_only: whether most tokens of prompts
     only write their keys and values in a layer. passing: rows that run all of such a layer: the decodes, then the last
-    tokens of prompts that end.
+    tokens of prompts that end. known: positions of all tokens whose hidden states are stored in place of keys and
+    values, from 0; None where none are.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class PagedBatch:
         extra: Sequence[npt.NDArray[Any]] = (),
         fill_to: int = 0,
         kv_only: Sequence[bool] = (),
+        hidden: bool = False,
     ) -> None:
         """Look up the KV blocks of the batch and send all of it to the device.
 
@@ -129,8 +134,9 @@ class PagedBatch:
                 decode is repeated up to this number: it stores the same keys in the same place. Tables are then as wide
                 as a power of two, and ``wanted`` covers every row.
             kv_only: as in ``Plan``; empty for none. A prompt ends with this iteration if its last row is wanted.
+            hidden: whether hidden states are stored in place of keys and values, of all tokens of all requests.
         """
-        self._arena = arena
+        self._arena, self._stores_hidden = arena, hidden
         attention, staging = attention or default_attention(arena), staging or Staging(arena.hardware)
         if fill_to:
             decodes, wanted = [*decodes, *[decodes[-1]] * (fill_to - len(decodes))], range(fill_to)
@@ -165,6 +171,9 @@ class PagedBatch:
         self.passing = sent.tensors[3] if any(self.kv_only) else self.wanted
         self.extra = sent.tensors[count:]
         self._groups = [group() for group in groups]
+        most = int((starts + counts).max())
+        # Blocks may have places behind the last token.
+        self.known = torch.arange(most + 2 * arena.block_tokens, device=arena.device) if hidden else None
 
     def _group(
         self,
@@ -182,14 +191,14 @@ class PagedBatch:
         slots = np.full((len(layers), len(group_rows) + len(group_rows) % 2), -1, np.int64)  # every row is aligned
         parts: list[Callable[[], _Part]] = []
         for bits, some in by_bits.items():
-            kv = QuantizedKV(self._arena, bits) if bits < 16 else None
+            kv = self._kv_at(bits)
             rows = self._rows(request, tables, layers, some, self._arena if kv is None else kv)
-            prepared = attention.prepare(rows, self._arena) if kv is None else PreparedQuantized(rows, self._arena, kv)
+            prepared = self._prepare(attention, rows, kv)
             own = [] if len(by_bits) == 1 else [np.searchsorted(group_rows, request.rows_of(some))]
             new = self._slots(rows)
-            if kv is not None:
+            if isinstance(kv, QuantizedKV):
                 kv.note_written(new.ravel().tolist())
-            else:
+            elif kv is None:
                 slots[:, own[0] if own else slice(len(group_rows))] = new
                 if self._arena.packed:
                     self._arena.begin((new[new % rows.block_tokens == 0] // rows.block_tokens).tolist())
@@ -220,12 +229,12 @@ class PagedBatch:
         slots = np.full((len(layers), len(group_rows) + len(group_rows) % 2), -1, np.int64)
         parts: list[Callable[[], _Part]] = []
         for bits, some in by_bits.items():
-            kv = QuantizedKV(self._arena, bits) if bits < 16 else None
+            kv = self._kv_at(bits)
             rows = self._rows(request, tables, layers, some, self._arena if kv is None else kv)
             own, new = np.searchsorted(group_rows, request.rows_of(some)), self._slots(rows)
-            if kv is not None:
+            if isinstance(kv, QuantizedKV):
                 kv.note_written(new.ravel().tolist())
-            else:
+            elif kv is None:
                 slots[:, own] = new
                 if self._arena.packed:
                     self._arena.begin((new[new % rows.block_tokens == 0] // rows.block_tokens).tolist())
@@ -233,9 +242,7 @@ class PagedBatch:
             if not len(passing):
                 continue  # chunks that do not end their prompts
             asking = self._as_decodes(request, tables, layers, some, rows)
-            prepared = (
-                attention.prepare(asking, self._arena) if kv is None else PreparedQuantized(asking, self._arena, kv)
-            )
+            prepared = self._prepare(attention, asking, kv)
             places = [np.searchsorted(group_rows, passing), np.searchsorted(all_passing, passing)]
             made = _part(
                 prepared, kv, sent.add([own]), sent.add([] if kv is None else [new]), sent.add(prepared.arrays)
@@ -248,6 +255,18 @@ class PagedBatch:
             return _Group(_first(all_rows()), kept[:, : len(group_rows)], [part() for part in parts], passing)
 
         return make
+
+    def _kv_at(self, bits: int) -> QuantizedKV | HiddenKV | None:
+        """Return where keys and values at some bits are stored, or hidden states for them; None for the arena."""
+        if self._stores_hidden:
+            assert bits in (16, HIDDEN)  # of a prompt, and after its prefill
+            return HiddenKV(self._arena, self._arena.block_tokens * (1 if bits == 16 else 2))
+        return QuantizedKV(self._arena, bits) if bits < 16 else None
+
+    def _prepare(self, attention: Attention, rows: Rows, kv: QuantizedKV | HiddenKV | None) -> Prepared:
+        if isinstance(kv, HiddenKV):
+            return PreparedHidden(rows, self._arena, kv)
+        return attention.prepare(rows, self._arena) if kv is None else PreparedQuantized(rows, self._arena, kv)
 
     def _as_decodes(
         self,
@@ -285,7 +304,7 @@ class PagedBatch:
         tables: tuple[Int32s, Int32s],
         layers: list[int],
         who: npt.NDArray[np.intp],
-        kv: KVArena | QuantizedKV,
+        kv: KVArena | QuantizedKV | HiddenKV,
     ) -> Rows:
         """Return the rows of layers for requests that run them and store their KV in ``kv``."""
         everyone = len(who) == len(request.held)
@@ -361,10 +380,13 @@ class PagedBatch:
         k_norm: Tensor | None,
         eps: float,
         offset: float,
+        normed: Tensor | None = None,
+        project: Project | None = None,
     ) -> Tensor:
         """Return the attention [n, H d] of the rows of a layer, from their product with q, k and v.
 
-        In a layer of ``kv_only``, that of the rows that ``passing_rows`` returns.
+        In a layer of ``kv_only``, that of the rows that ``passing_rows`` returns. Hidden states are stored from
+        ``normed`` [n, e], and ``project`` computes keys and values from them.
         """
         group, place = self._groups[self._group_of[layer]], self._place[layer]
         cos, sin = rope if rope is not None else (None, None)
@@ -381,35 +403,57 @@ class PagedBatch:
             eps=eps,
             offset=offset,
         )
+        for part in group.parts if self._stores_hidden else ():
+            assert isinstance(part.kv, HiddenKV)
+            assert part.slots is not None
+            assert normed is not None
+            part.kv.write(part.slots[place], normed if part.rows is None else normed[part.rows])
         if group.passing is not None:
-            return self._attend_passing(group, place, query, key, value, scale)
+            return self._attend_passing(group, place, query, key, value, scale, project)
         if len(group.parts) == 1 and group.parts[0].kv is None:
             part = group.parts[0]
             return part.prepared.attend(place, part.tensors, query, key, value, scale).reshape(len(qkv), -1)
         attended = torch.empty_like(query)
         for part in group.parts:
             at = slice(None) if part.rows is None else part.rows
-            if part.kv is not None and part.slots is not None:
+            if isinstance(part.kv, QuantizedKV) and part.slots is not None:
                 part.kv.write(part.slots[place], key[at], value[at])
-            attended[at] = part.prepared.attend(place, part.tensors, query[at], key[at], value[at], scale)
+            attended[at] = _attended(part, place, query[at], key[at], value[at], scale, project)
         return attended.reshape(len(qkv), -1)
 
     def _attend_passing(
-        self, group: _Group, place: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self,
+        group: _Group,
+        place: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        project: Project | None,
     ) -> Tensor:
         """Return the attention of the rows of a group that run all of a layer of ``kv_only``."""
         assert group.passing is not None
         attended = query.new_empty((len(group.passing), *query.shape[1:]))
         for part in group.parts:
-            if part.kv is not None and part.slots is not None and part.rows is not None:
+            if isinstance(part.kv, QuantizedKV) and part.slots is not None and part.rows is not None:
                 part.kv.write(part.slots[place], key[part.rows], value[part.rows])
             at = part.asking
-            attended[part.answers] = part.prepared.attend(place, part.tensors, query[at], key[at], value[at], scale)
+            attended[part.answers] = _attended(part, place, query[at], key[at], value[at], scale, project)
         return attended.flatten(1)
 
     def passing_rows(self, layer: int) -> Tensor | None:
         """Return the rows of the iteration that run all of a layer's MHA block: None for those of ``rows``."""
         return self._groups[self._group_of[layer]].passing
+
+
+def _attended(
+    part: _Part, place: int, query: Tensor, key: Tensor, value: Tensor, scale: float, project: Project | None
+) -> Tensor:
+    """Return the attention of the rows of a part, or of those that ask."""
+    if isinstance(part.prepared, PreparedHidden):
+        assert project is not None
+        return part.prepared.attend_with(project, place, part.tensors, query, key, value, scale)
+    return part.prepared.attend(place, part.tensors, query, key, value, scale)
 
 
 def _asking(part: Callable[[], _Part], places: Callable[[], list[Tensor]]) -> Callable[[], _Part]:
@@ -424,7 +468,7 @@ def _asking(part: Callable[[], _Part], places: Callable[[], list[Tensor]]) -> Ca
 
 def _part(
     prepared: Prepared,
-    kv: QuantizedKV | None,
+    kv: QuantizedKV | HiddenKV | None,
     rows: Callable[[], list[Tensor]],
     slots: Callable[[], list[Tensor]],
     tensors: Callable[[], list[Tensor]],

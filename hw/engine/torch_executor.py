@@ -31,7 +31,7 @@ from hw.engine.iteration_log import MemoryRow, Shape
 from hw.engine.prompts import Prompts
 from hw.engine.sampling import Draw, Drawn, choose
 from sim.cost.memory import logit_rows
-from sim.cost.plan import describe
+from sim.cost.plan import Plan, describe
 from sim.engine.executor import Iteration, Ran
 from sim.engine.live_request import LiveRequest
 from sim.engine.pricing_executor import PricingExecutor
@@ -259,14 +259,14 @@ class TorchExecutor:
             if live.computed_tokens + tokens == live.target_tokens:
                 caught_up.append(live)
                 rows.append(row - 1)
-        drawn, kv_only = Drawn(self._draws(caught_up)), iteration.plan.kv_only
+        drawn, plan = Drawn(self._draws(caught_up)), iteration.plan
         fill_to = (self._graphs.rows_of(len(single)) or 0) if self._graphs is not None and not chunks else 0
-        batch = self._batch(single, chunks, rows, drawn, kv_only, fill_to)
+        batch = self._batch(single, chunks, rows, drawn, plan, fill_to)
         chosen, finite = self._next_tokens(iteration, batch, drawn, recurs=fill_to > 0)
         # The only time that the host waits for the device.
         *read, is_finite = self._staging.read(torch.cat((chosen[: len(rows)], finite))).tolist()
         if not is_finite:
-            raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn, kv_only))
+            raise self._not_finite(iteration, self._batch(single, chunks, rows, drawn, plan))
         return {live.request_id: token for live, token in zip(caught_up, read, strict=True)}
 
     def _draws(self, caught_up: Sequence[LiveRequest]) -> list[Draw]:
@@ -286,7 +286,7 @@ class TorchExecutor:
         chunks: Sequence[Packed],
         rows: Sequence[int],
         drawn: Drawn,
-        kv_only: Sequence[bool],
+        plan: Plan,
         fill_to: int = 0,
     ) -> PagedBatch:
         return PagedBatch(
@@ -299,7 +299,8 @@ class TorchExecutor:
             attention=self._attention,
             extra=drawn.arrays,
             fill_to=fill_to,
-            kv_only=kv_only,
+            kv_only=plan.kv_only,
+            hidden=plan.kv_hidden,
         )
 
     def _next_tokens(

@@ -136,8 +136,8 @@ class Plan:
     kv_compression: how the KV of a prompt is compressed when its prefill ends (Ada-KV, ThinK, LoRC, ReFreeKV); None
         keeps all of it. It makes its own choice, so no ``kv_keep`` may drop tokens next to it.
     kv_hidden: whether a request keeps hidden states instead of keys and values when its prefill ends (Apt-Serve): half
-        the bytes, and each decode computes the keys and values of its context again. Lossless; only for models without
-        GQA, and with all of the KV at 16 bits.
+        the bytes, and each decode computes the keys and values of its context again. Nothing is lost; only for models
+        without GQA, and with all of the KV at 16 bits.
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     max_waiting: an arriving request is rejected when this many already wait; None rejects none.
     max_wait_s: a request that has waited this long without being admitted is rejected; None lets all wait.

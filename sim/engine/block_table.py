@@ -214,11 +214,11 @@ class BlockTable:
     def end_prefill(self, layer: int, tokens: int, wanted: KVFormat) -> tuple[list[int], list[int]]:
         """Return which slots of a layer to copy to which others so that its KV of ``tokens`` has a format.
 
-        The first are slots at 16 bits, the second at the bits of the format. It has no format yet.
+        The first are slots at 16 bits, the second those of the format. It has no format yet.
         """
         assert self.formats is None
         keep, ids, size = wanted.keep, self.blocks[layer], wanted.block_tokens
-        if wanted.bits < 16:
+        if wanted.bits < 16 or wanted.hidden:
             places = range(keep.tokens(tokens))
             target = [ids[place // size] * size + place % size for place in places]
             return self.slots_of(layer, ring_positions(keep, tokens)), target

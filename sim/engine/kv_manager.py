@@ -113,7 +113,7 @@ class KVManager:
                 for layer in sorted(table.blocks):
                     source, target = table.end_prefill(layer, live.computed_tokens, formats[layer])
                     if source:
-                        self._storage.copy(source, target, formats[layer].bits)
+                        self._storage.copy(source, target, formats[layer].bits, hidden=formats[layer].hidden)
             table.formats, table.saved_tokens = formats, saved_tokens(plan, live.computed_tokens)
         self.hold(live, live.computed_tokens)
 

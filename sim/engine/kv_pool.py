@@ -45,10 +45,10 @@ class KVStorage(Protocol):
         """
         ...
 
-    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16) -> None:
+    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16, *, hidden: bool = False) -> None:
         """Copy slots, all read before any is written; a slot is the place of one token.
 
-        ``bits``: those of the target slots; the source has 16.
+        ``bits``: those of the target slots; the source has 16. ``hidden``: of hidden states, both.
 
         Raises:
             MemoryError: if memory ran out; the content of the target slots is undefined then.

@@ -43,11 +43,14 @@ def tiny_config(family: str, positions: int = 512) -> Any:
         "bos_token_id": None,
     }
     gated = {**shape, "intermediate_size": 72, "num_key_value_heads": 2, "initializer_range": 0.2}
+    own_kv = {**gated, "num_key_value_heads": 6}
     half = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
     long["original_max_position_embeddings"] = SHORT_TOKENS
     makers = {
         "llama": lambda: transformers.LlamaConfig(**gated, attention_bias=True, mlp_bias=True),
+        "llama without gqa": lambda: transformers.LlamaConfig(**own_kv, attention_bias=True, mlp_bias=True),
+        "phi3 without gqa": lambda: transformers.Phi3Config(**own_kv, sliding_window=9, rope_parameters=half),
         "mistral": lambda: transformers.MistralConfig(**gated),
         "sliding": lambda: transformers.MistralConfig(**gated, sliding_window=9),
         "qwen2": lambda: transformers.Qwen2Config(**gated, tie_word_embeddings=True),

@@ -23,6 +23,7 @@ from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import (
+    KV_BITS,
     WEIGHT_BITS,
     KVCompression,
     Plan,

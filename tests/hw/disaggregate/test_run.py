@@ -258,12 +258,13 @@ def test_a_connection_without_the_key_is_closed() -> None:
         ("link_bytes_per_s=0", "must be above 0"),
         ("hw.clock=cpu", "share only the wall clock"),
         ("budget=steps", "need a constant budget"),
+        ("policy=fixed policy.kv_hidden=true model=llama2_7b", "cannot send the other"),
     ],
 )
 def test_what_two_processes_cannot_serve_is_refused_before_they_get_it(override: str, message: str) -> None:
     more = ["budget.rows=[[0,0.06],[1,0.05]]"] if override == "budget=steps" else []
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("hw_disaggregate", overrides=[override, *more])
+        cfg = compose("hw_disaggregate", overrides=[*override.split(), *more])
     with pytest.raises(ConfigError, match=message):
         check_config(cfg)

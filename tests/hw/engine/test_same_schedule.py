@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hw.engine.hw_engine import HwEngine
 from sim.cost.memory import budget_for_kv_blocks
-from sim.cost.plan import dense_plan
+from sim.cost.model_spec import ModelSpec
+from sim.cost.plan import Plan, dense_plan
 from sim.engine.budget import Budget
 from sim.engine.protocol import EngineConfig
 from sim.engine.sim_engine import SimEngine
@@ -27,13 +28,19 @@ from tests.sample import examples
 
 
 def sim_engine(
-    config: EngineConfig, budget: Budget | int, link_bytes_per_s: float = HOST_TO_DEVICE_BYTES_PER_S
+    config: EngineConfig,
+    budget: Budget | int,
+    link_bytes_per_s: float = HOST_TO_DEVICE_BYTES_PER_S,
+    *,
+    model: ModelSpec | None = None,
+    plan: Plan | None = None,
 ) -> SimEngine:
+    model = model or tiny_spec()
     return SimEngine(
-        model=tiny_spec(),
+        model=model,
         latency=flat_latency(),
         config=config,
-        plan=dense_plan(tiny_spec()),
+        plan=plan or dense_plan(model),
         budget_bytes=budget,
         host_to_device_bytes_per_s=link_bytes_per_s,
     )

@@ -161,7 +161,7 @@ class Memory:
         read = {target: self._blocks.get(source, (16, {})) for source, target in moved.items()}
         self._blocks.update({target: (bits, dict(content)) for target, (bits, content) in read.items()})
 
-    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16) -> None:
+    def copy(self, source: Sequence[int], target: Sequence[int], bits: int = 16, *, hidden: bool = False) -> None:
         values = [self.read(slot) for slot in source]
         for slot, value in zip(target, values, strict=True):
             self.write(slot, value, bits)
