@@ -6,6 +6,7 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     W4               the first n layers at 4 bits (MorphServe)
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
+    narrow FFN       FFN blocks at 7/8, then 3/4, then 5/8 of their channels, the last n layers first (AmoebaLLM)
 
 ``Plan.compute_bits`` is none of them: it saves time and frees no byte (``python -m sim.compare
 experiment=compute_bits``).
@@ -34,7 +35,7 @@ from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.knobs_page import by_load_table, equal_bytes_table, page, plot_steps
 from sim.config import one_thread, run_command
-from sim.cost.ffn_width import FULL_WIDTH
+from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan, dense_plan, drop, with_mask
@@ -54,6 +55,7 @@ Loss = Callable[[Plan], float]
 """Returns the nats per token that a plan costs."""
 DENSE = "dense"
 STREAMED = "streamed"
+NARROW = "narrow FFN"
 WAIT_S = 1.5
 """Longest wait for admission in every plan (SABER): without it an overloaded server meets no SLO, whatever it frees."""
 
@@ -124,6 +126,11 @@ def streaming(model: ModelSpec, count: int) -> Plan:
     return replace(dense_plan(model), streamed=tuple(layer in layers for layer in range(model.num_layers)))
 
 
+def narrow_ffn(model: ModelSpec, width: int, count: int) -> Plan:
+    """Return the plan whose last layers have FFN blocks of a width in eighths, and the others one eighth more."""
+    return replace(dense_plan(model), ffn_width=(width + 1,) * (model.num_layers - count) + (width,) * count)
+
+
 def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
     """Return every step of every knob, in ascending order, for the table at equal bytes."""
     layers = range(1, model.num_layers + 1)
@@ -139,6 +146,11 @@ def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
         ],
         STREAMED: [
             Step(knob=STREAMED, amount=f"{n} layers", plan=streaming(model, n)) for n in layers[LEAST_STREAMED - 1 :]
+        ],
+        NARROW: [
+            Step(knob=NARROW, amount=f"{width}/8 in {_count(n, 'layer')}", plan=narrow_ffn(model, width, n))
+            for width in FFN_WIDTHS[1:]
+            for n in layers
         ],
     }
 
@@ -158,11 +170,13 @@ def served_steps(model: ModelSpec) -> list[Step]:
     steps += [every["KV bits"][n] for n in (0, total // 2, total)]
     counts = [n for n in (4, 6, 8, 12, 16, 24, total) if LEAST_STREAMED <= n <= total]
     steps += [every[STREAMED][n - LEAST_STREAMED] for n in sorted(set(counts))]
+    steps += every[NARROW][total - 1 :: total]
     for n, bits in ((0, "8 bits"), (total, "4 bits")):
         kv_bits = low_kv(model, n).kv_bits
         pairs = [("W4 and KV bits", f"{total} layers", low_weights(model, total))]
         pairs += [(f"{STREAMED} and KV bits", f"{c} layers", streaming(model, c)) for c in (4, 8, 16) if c <= total]
         pairs += [("dropped blocks and KV bits", f"{c} blocks", dropped(model, c)) for c in blocks[:3]]
+        pairs += [(f"{NARROW} and KV bits", f"{w}/8", narrow_ffn(model, w, total)) for w in FFN_WIDTHS[1:]]
         steps += [
             Step(knob=knob, amount=f"{amount}, KV at {bits}", plan=replace(plan, kv_bits=kv_bits))
             for knob, amount, plan in pairs

@@ -11,7 +11,7 @@ import pytest
 
 from agents.envs.serve import ServeSetting
 from agents.evaluation import knobs, knobs_page
-from sim.cost.memory import layer_weight_bytes, weight_bytes
+from sim.cost.memory import ffn_weight_bytes, layer_weight_bytes, weight_bytes
 from sim.cost.plan import check_plan, dense_plan
 from sim.engine.server_spec import ServerSpec
 from sim.paths import RESULTS
@@ -37,6 +37,9 @@ def test_bytes_freed_by_hand() -> None:
     eight = knobs.low_kv(MODEL, 0)
     # 16,384 bytes a token and layer at 16 bits; at 8 bits half, and 4 bytes for the keys and the values of 32 heads.
     assert knobs.freed_bytes(MODEL, eight, TOKENS) == TOKENS * 32 * (16384 - (8192 + 2 * 4 * 32))
+    narrow = knobs.narrow_ffn(MODEL, 6, 2)
+    lost = [ffn_weight_bytes(MODEL) - ffn_weight_bytes(MODEL, width=width) for width in (7, 6)]
+    assert knobs.freed_bytes(MODEL, narrow, TOKENS) == 30 * lost[0] + 2 * lost[1]
     four = knobs.low_weights(MODEL, 3)
     assert knobs.freed_bytes(MODEL, four, TOKENS) == 3 * (layer_weight_bytes(MODEL) - layer_weight_bytes(MODEL, 4))
 
@@ -53,6 +56,9 @@ def test_seconds_of_a_decode_iteration_by_hand() -> None:
     fast = knobs.decode_s(knobs.with_link(SERVER, 1e15), knobs.streaming(MODEL, 12), 32, 512)
     written_s = 12 * layer_weight_bytes(MODEL) / SERVER.gpu.memory_bandwidth_bytes_per_s
     assert fast == pytest.approx(knobs.decode_s(SERVER, dense, 32, 512) + written_s, rel=0.01)
+    saved_s = 32 * 3 / 8 * SERVER.priced().linear_s("ffn", 16, 32)
+    narrow_s = knobs.decode_s(SERVER, knobs.narrow_ffn(MODEL, 5, 32), 32, 512)
+    assert narrow_s == pytest.approx(knobs.decode_s(SERVER, dense, 32, 512) - saved_s)
     assert knobs.decode_s(SERVER, knobs.low_kv(MODEL, 32), 32, 512) < knobs.decode_s(SERVER, dense, 32, 512)
 
 
@@ -115,7 +121,7 @@ def test_the_command_writes_its_figures_a_page_and_a_picture(tmp_path: Path, mon
     knobs.main()
     figures = json.loads((tmp_path / "knobs.json").read_text(encoding="utf-8"))
     (cell,) = figures["by_load"]
-    assert {"dense", "dropped blocks", "W4", "KV bits", "streamed, PCIe 4.0"} <= set(cell["knobs"])
+    assert {"dense", "dropped blocks", "W4", "KV bits", "streamed, PCIe 4.0", "narrow FFN"} <= set(cell["knobs"])
     assert knobs_page.page(figures) == (tmp_path / "index.md").read_text(encoding="utf-8")
     assert (tmp_path / "knobs.png").stat().st_size > 10_000
 
