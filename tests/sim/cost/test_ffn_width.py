@@ -12,7 +12,7 @@ import pytest
 
 from sim.cost.ffn_width import FFN_WIDTHS, ffn_channels, ffn_params, narrowed
 from sim.cost.ffn_width_loss import FFNWidthLoss, read_ffn_width_loss
-from sim.cost.latency import load_calibration, plan_rows
+from sim.cost.latency import PromptLoad, load_calibration, plan_rows
 from sim.cost.memory import ffn_weight_bytes, weight_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, check_plan, dense_plan, describe, drop, with_mask
@@ -133,16 +133,12 @@ def test_a_cut_block_takes_its_share_of_the_time(width: int) -> None:
 def test_an_all_reduce_takes_its_full_time() -> None:
     latency, spec = load_calibration("llama2_70b_h100_tp4"), load_model("llama2_70b")
     dense = dense_plan(spec)
-    whole_s = latency.iteration_s(dense, [], 16, 8192, 16)
-    half_s, quarter_s = (latency.iteration_s(replace(dense, ffn_width=(w,) * 80), [], 16, 8192, 16) for w in (6, 7))
-    per_eighth_s = whole_s - quarter_s
-    assert whole_s - half_s == pytest.approx(2 * per_eighth_s)
-    assert 8 * per_eighth_s < 80 * latency.linear_s("ffn", 16, 16)  # the rest of it is the all-reduce
+    at_8, at_7, at_6 = (latency.iteration_s(replace(dense, ffn_width=(w,) * 80), [], 16, 8192, 16) for w in (8, 7, 6))
+    assert at_8 - at_6 == pytest.approx(2 * (at_8 - at_7))
+    assert 8 * (at_8 - at_7) < 80 * latency.linear_s("ffn", 16, 16)  # the rest of it is the all-reduce
 
 
 def test_rows_of_layers_name_what_is_cut() -> None:
-    from sim.cost.latency import PromptLoad
-
     rows: Ints = plan_rows(cut(5, 1), PromptLoad(4, 10, 1, 4), 0, 0)
     assert rows[:, 8].tolist() == [3, *(0,) * 31]
 
@@ -201,7 +197,7 @@ def test_the_measured_losses_are_charged_and_transferred() -> None:
     assert losses[0] == 0.0
     assert losses == sorted(losses)
     assert losses[-1] > 0.5
-    (alone,) = (quality.nll(replace(dense, ffn_width=(5, *(8,) * 29))) - quality.nll(dense),)
+    alone = quality.nll(replace(dense, ffn_width=(5, *(8,) * 29))) - quality.nll(dense)
     assert 0 < alone < losses[-1]
     assumed = load_quality("llama2_7b_transferred")
     assert assumed.nll(cut(5)) - assumed.nll(DENSE) == pytest.approx(losses[-1])
