@@ -339,8 +339,8 @@ def _check_known(actions: ServeActions, nll: Callable[[Plan], float], quality: s
             raise ConfigError(f"actions: {name}: {error}") from error
         if not known:
             raise ConfigError(
-                f"actions: quality={quality} does not know what the plan {name} loses; take kv_bits, compute_bits "
-                "and kv_only out of actions, or a table that has them, such as llama2_7b_transferred"
+                f"actions: quality={quality} does not know what the plan {name} loses; take kv_bits, compute_bits, "
+                "kv_only and kv_compression out of actions, or a table that has them, such as smollm2_135m"
             )
 
 

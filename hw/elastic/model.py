@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        refuse_simulated(plan)
+        check_simulated(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -401,11 +401,13 @@ class ElasticModel:
         return weights
 
 
-def refuse_simulated(plan: Plan) -> None:
-    """Check that a plan neither compresses KV nor cuts FFN blocks, which the real engine cannot.
+def check_simulated(plan: Plan) -> None:
+    """Check that a plan has nothing that is only simulated.
+
+    The real engine stores keys and values of all heads and channels, and runs all channels of an FFN block.
 
     Raises:
-        PlanError: if it does.
+        PlanError: for compressed KV, for hidden states in place of keys and values, and for narrower FFN blocks.
     """
     if plan.cuts_ffn:
         raise PlanError(
@@ -418,6 +420,11 @@ def refuse_simulated(plan: Plan) -> None:
             f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "
             "channels of a token at one precision; use kv_keep or kv_bits, or simulate the plan (python -m hw.score "
             "kind=kv_compression measures its loss)"
+        )
+    if plan.kv_hidden:
+        raise PlanError(
+            "the real engine cannot keep hidden states in place of keys and values (kv_hidden): its attention reads "
+            "keys and values; use kv_bits, or simulate the plan"
         )
 
 

@@ -128,7 +128,8 @@ def prefill_token_s(s: Table) -> float:
         loads, layers, words = layer_loads_of(s), layers_of(s), residency_words_of(s)
         for layer in range(len(layers)):
             row, runs = loads[layer], 1 if _has(words, n.residency, layer) else 0
-            row[0], row[1], row[4], row[5], row[8] = 1, layers[layer].bits_index, 0, 0, layers[layer].ffn_cut
+            row[0], row[1], row[4], row[5] = 1, layers[layer].bits_index, 0, 0
+            row[8], row[9] = 0, layers[layer].ffn_cut
             if layers[layer].kv_only != 0:
                 row[2], row[3], row[7] = 0, 0, (tokens - 1) * runs
                 row[4], row[5], row[6] = runs, tokens * runs, layers[layer].prefill_ffn

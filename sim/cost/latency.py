@@ -66,6 +66,7 @@ from sim.cost.latency_tables import (
     FFN,
     FFN_BOTH,
     FP8_LINEAR,
+    LOAD_COLUMNS,
     MHA,
     MHA_BOTH,
     MOST_S,
@@ -116,7 +117,7 @@ def _prompt_load(chunks: Sequence[tuple[int, int]], ends: int) -> PromptLoad:
 
 
 def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum: int) -> Ints:
-    """Return int64[layers, 9], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
+    """Return int64[layers, 10], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
     rows = []
     for layer, (bits, kv_only) in enumerate(zip(plan.product_bits, plan.kv_only, strict=True)):
         runs, decoding = plan.prefill.mha[layer], decodes * plan.decode.mha[layer]
@@ -130,7 +131,7 @@ def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum:
             attention = prompts.tokens * runs, prompts.context_sum * runs, decoding, context_sum
         writing = (prompts.tokens - prompts.ends) * runs if kv_only else 0
         cut = FULL_WIDTH - plan.ffn_width[layer]
-        rows.append((1, WEIGHT_BITS.index(bits), *attention, feeding, writing, cut))
+        rows.append((1, WEIGHT_BITS.index(bits), *attention, feeding, writing, 0, cut))
     return np.array(rows, dtype=np.int64)
 
 
@@ -264,7 +265,13 @@ class LatencyModel:
         self._check_bits({*plan.weight_bits, *plan.product_bits})
 
     def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int, qkv_share: float = 1.0) -> float:
-        """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`."""
+        """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`.
+
+        Raises:
+            CalibrationError: for rows of another number of columns, beyond which compiled code would read.
+        """
+        if rows.ndim != 2 or rows.shape[1] != LOAD_COLUMNS:
+            raise CalibrationError(f"rows of {rows.shape[-1]} columns; they need {LOAD_COLUMNS}")
         return float(layered_iteration_seconds(self.tables, rows, tokens, sequences, qkv_share))
 
     def linear_s(self, kind: str, bits: int, tokens: int) -> float:

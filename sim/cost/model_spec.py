@@ -192,6 +192,18 @@ class ModelSpec:
         """Bytes of keys and values that one token holds in one MHA block (PagedAttention, SOSP 2023, section 3)."""
         return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype_bytes
 
+    @property
+    def hidden_bytes_per_token_layer(self) -> int:
+        """Bytes of the hidden state of one token before one MHA block, from which keys and values can be computed."""
+        return self.hidden_size * self.weight_dtype_bytes
+
+    @property
+    def hidden_halves_kv(self) -> bool:
+        """Whether hidden states take half the bytes of keys and values: every query head has its own, at full width."""
+        width = self.num_kv_heads * self.head_dim
+        alike = self.num_heads == self.num_kv_heads and width == self.hidden_size
+        return alike and 2 * self.hidden_bytes_per_token_layer == self.kv_bytes_per_token_layer
+
     def shard(self, tp: int) -> ModelSpec:
         """Return what each GPU holds if ``tp`` GPUs divide the model among them, as the shape of a smaller model.
 

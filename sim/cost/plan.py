@@ -135,6 +135,9 @@ class Plan:
         everywhere if left out. In a layer whose FFN block does not run, the number means nothing.
     kv_compression: how the KV of a prompt is compressed when its prefill ends (Ada-KV, ThinK, LoRC, ReFreeKV); None
         keeps all of it. It makes its own choice, so no ``kv_keep`` may drop tokens next to it.
+    kv_hidden: whether a request keeps hidden states instead of keys and values when its prefill ends (Apt-Serve): half
+        the bytes, and each decode computes the keys and values of its context again. Lossless; only for models without
+        GQA, and with all of the KV at 16 bits.
     max_running: requests that may run at once; None keeps the engine's own limit (SABER).
     max_waiting: an arriving request is rejected when this many already wait; None rejects none.
     max_wait_s: a request that has waited this long without being admitted is rejected; None lets all wait.
@@ -150,6 +153,7 @@ class Plan:
     kv_only: tuple[bool, ...] = ()
     ffn_width: tuple[int, ...] = ()
     kv_compression: KVCompression | None = None
+    kv_hidden: bool = False
     max_running: int | None = None
     max_waiting: int | None = None
     max_wait_s: float | None = None
@@ -315,6 +319,7 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
                 f"the plan compresses KV by {plan.kv_compression.method} and drops tokens by kv_keep; it was measured "
                 "for neither together: leave kv_keep out, or kv_compression"
             )
+    _check_hidden(model, plan)
     for kind, kept_decode, kept_prefill, why in (
         ("MHA", plan.decode.mha, plan.prefill.mha, "because decode reads the KV that prefill writes"),
         (
@@ -395,6 +400,25 @@ def _check_compute_bits(model: ModelSpec, plan: Plan) -> None:
             )
 
 
+def _check_hidden(model: ModelSpec, plan: Plan) -> None:
+    if not isinstance(plan.kv_hidden, bool | np.bool_):
+        raise PlanError(f"plan.kv_hidden is {_short(plan.kv_hidden)}; it must be true or false")
+    if not plan.kv_hidden:
+        return
+    if not model.hidden_halves_kv:
+        raise PlanError(
+            f"plan.kv_hidden keeps hidden states, which take {model.hidden_bytes_per_token_layer} bytes a token of "
+            f"each layer of {model.name}, in place of keys and values, which take {model.kv_bytes_per_token_layer}; it "
+            "needs half of them: a model on one GPU in which every query head has its own keys and values (no GQA), at "
+            "16 bits; leave kv_hidden out, or use kv_bits"
+        )
+    if set(plan.kv_keep) != {KV_KEEP_ALL} or set(plan.kv_bits) != {16} or plan.kv_compression is not None:
+        raise PlanError(
+            "the plan keeps hidden states (kv_hidden), and changes keys and values by kv_keep, kv_bits or "
+            "kv_compression, of which it stores none; leave kv_hidden out, or those"
+        )
+
+
 def describe(plan: Plan) -> str:
     """Return a plan's differences from dense in one line, such as ``decode -MHA 18,19 -FFN 13; W4 0-7``."""
     parts = []
@@ -426,6 +450,8 @@ def describe(plan: Plan) -> str:
         parts.append(f"KV {keep.first_tokens}+{keep.last_tokens} {_ranges(layers)}")
     if plan.kv_compression is not None:
         parts.append(f"{plan.kv_compression.method} {plan.kv_compression.percent}%")
+    if plan.kv_hidden:
+        parts.append("hidden states")
     parts += [
         f"{name} {value}"
         for name, value in (

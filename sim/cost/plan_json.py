@@ -33,6 +33,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         **({"ffn_width": widths} if (widths := _layers_by(plan.ffn_width, FFN_WIDTHS[1:])) else {}),
         **({"streamed": [i for i, x in enumerate(plan.streamed) if x]} if any(plan.streamed) else {}),
         **({} if plan.kv_compression is None else {"kv_compression": asdict(plan.kv_compression)}),
+        **({"kv_hidden": True} if plan.kv_hidden else {}),
         **({"kv_only": [i for i, x in enumerate(plan.kv_only) if x]} if any(plan.kv_only) else {}),
     }
 
@@ -87,12 +88,24 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
             kv_only=tuple(layer in kv_only for layer in range(layers)),
             ffn_width=_by_layer(layers, value.get("ffn_width", {}), FFN_WIDTHS, FULL_WIDTH),
             kv_compression=KVCompression(**value["kv_compression"]) if "kv_compression" in value else None,
+            kv_hidden=_flag(value.get("kv_hidden", False)),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CalibrationError(
             f"not a plan of a quality table: {value!r:.200} ({type(error).__name__}: {error}); "
             "write plans with plan_to_json, or measure the table again: python -m hw.score kind=table"
         ) from error
+
+
+def _flag(value: object) -> bool:
+    """Return true or false.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r:.80} is neither true nor false")
+    return value
 
 
 def _known(listed: Iterable[int], layers: int) -> list[int]:

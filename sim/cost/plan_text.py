@@ -31,11 +31,15 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
     """
     bits, computed = [16] * num_layers, [16] * num_layers
     kv_bits, kv_keep, streamed = [16] * num_layers, [KV_KEEP_ALL] * num_layers, [False] * num_layers
-    kv_only, ffn_width, kv_compression = [False] * num_layers, [FULL_WIDTH] * num_layers, None
+    kv_only, ffn_width = [False] * num_layers, [FULL_WIDTH] * num_layers
+    kv_compression, kv_hidden = None, False
     kept = {stage: KeepMask(mha=(True,) * num_layers, ffn=(True,) * num_layers) for stage in ("prefill", "decode")}
     limits: dict[str, float] = {}
     for part in text.split("; "):
         if part == "dense":
+            continue
+        if part == "hidden states":
+            kv_hidden = True
             continue
         if found := _DROPPED.fullmatch(part):
             for stage in [found[1]] if found[1] else ["prefill", "decode"]:
@@ -78,6 +82,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         kv_only=tuple(kv_only),
         ffn_width=tuple(ffn_width),
         kv_compression=kv_compression,
+        kv_hidden=kv_hidden,
         max_running=_whole(limits.get("max_running")),
         max_waiting=_whole(limits.get("max_waiting")),
         max_wait_s=limits.get("max_wait_s"),

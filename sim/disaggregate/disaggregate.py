@@ -2,7 +2,8 @@
 
 SimPy handles the transfers; the kernel serves. One fixed plan covers both sides: prefill replicas run and hold its
 prefill mask, decode replicas its decode mask. A prompt sends the KV of the MHA blocks that decode keeps, and in each
-layer the tokens that ``kv_keep`` keeps, at the bits of ``kv_bits``.
+layer the tokens that ``kv_keep`` keeps, at the bits of ``kv_bits``; or the hidden states from which decode computes it
+(``kv_hidden``).
 
 A request passes four stages; in each, exactly one side counts its KV:
 

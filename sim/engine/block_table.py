@@ -102,6 +102,11 @@ class BlockTable:
             return len(self.mha) * self.blocks_needed(0, tokens)
         return sum(self.blocks_needed(layer, tokens) for layer in self.mha)
 
+    @property
+    def stores_hidden(self) -> bool:
+        """Whether it stores hidden states in place of keys and values."""
+        return self.formats is not None and self.formats[0].hidden
+
     def hold(self, pool: KVPool, tokens: int) -> list[int]:
         """Take or free blocks so that ``tokens`` computed tokens fit exactly; return owners whose content is lost."""
         wanted = {layer: self.blocks_needed(layer, tokens) for layer in sorted(self.mha)}

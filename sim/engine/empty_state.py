@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from sim.cost.kv_format import kv_block_tokens_at
+from sim.cost.kv_format import kv_precisions
 from sim.cost.latency import LatencyModel
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import KV_BITS, WEIGHT_BITS
+from sim.cost.plan import WEIGHT_BITS
 from sim.engine import kernel
 from sim.engine.budget import Budget
 from sim.engine.kernel.state import BUDGET_STEP
@@ -29,6 +29,7 @@ def empty_state(
 ) -> kernel.State:
     """Return the kernel's state of a replica without requests, plan or memory."""
     slots, block_bytes = config.limits.max_running, kv_block_layer_bytes(model, config.kv_block_tokens)
+    precision_tokens, read_bytes = kv_precisions(model, config.kv_block_tokens)
     prefix_block_kv_blocks = config.hash_block_tokens // config.kv_block_tokens
     kv_sets = 2 * slots + 4  # of the plan, and of each running request, now and after its prefill
     owners = slots  # of free KV blocks: requests that were preempted, prefix blocks without holders
@@ -43,10 +44,11 @@ def empty_state(
             slots=slots,
             layers=model.num_layers,
             words=graph.words,
-            most_block_tokens=kv_block_tokens_at(model, config.kv_block_tokens, min(KV_BITS)),
+            most_block_tokens=max(precision_tokens),
             kv_sets=kv_sets,
             free_runs=4 * owners + 16,
             precisions=len(WEIGHT_BITS),
+            kv_precisions=len(precision_tokens),
             log_rows=1024 if keep_iterations else 1,
         ),
         budget=steps,
@@ -57,8 +59,7 @@ def empty_state(
     n = kernel.fields_of(state.counters)
     _set_counters(n, config, block_bytes, keep_iterations)
     n.notice_s, n.qkv_share = budget.notice_s, model.qkv_share
-    state.kv_precisions["block_tokens"] = [kv_block_tokens_at(model, config.kv_block_tokens, bits) for bits in KV_BITS]
-    state.kv_precisions["token_bytes"] = [model.kv_bytes_per_token_layer_at(bits) for bits in KV_BITS]
+    state.kv_precisions["block_tokens"], state.kv_precisions["token_bytes"] = precision_tokens, read_bytes
     state.slots["next"][slots] = state.slots["previous"][slots] = slots
     state.due_clocks[:] = kernel.NEVER
     state.free_slots[:slots] = np.arange(slots)

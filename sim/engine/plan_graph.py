@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.cost.ffn_width import FULL_WIDTH, ffn_params
+from sim.cost.kv_format import HIDDEN_ROW, stores_all
 from sim.cost.latency import plan_layers
 from sim.cost.memory import fixed_weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import KV_BITS, KV_KEEP_ALL, WEIGHT_BITS, KVKeep, Plan
+from sim.cost.plan import KV_BITS, WEIGHT_BITS, KVKeep, Plan
 from sim.cost.streaming import stream_rows
 from sim.engine import kernel
 from sim.engine.kernel.state import COPY, DECISION, LAYER, PRICE, RESIDENCY
@@ -73,7 +74,7 @@ class PlanGraph:
         self._numbers: dict[tuple[Resident, int], int] = {}
         self._residents: list[Resident] = []
         self._plans: list[Plan] = []
-        self._format_ids: dict[tuple[tuple[KVKeep, ...], tuple[int, ...]], int] = {}
+        self._format_ids: dict[tuple[tuple[KVKeep, ...], tuple[int, ...], bool], int] = {}
         self._streams: dict[Resident, int] = {}
         self._stream_ids: dict[tuple[tuple[int, int], ...], int] = {}
         self._copies = self._decisions = self._prices = self._stream_rows = 0
@@ -205,13 +206,13 @@ class PlanGraph:
 
     def _format_id(self, plan: Plan) -> int:
         """Return the row of ``kv_format_tokens`` and ``kv_format_bits``; -1 for all tokens of all layers at 16 bits."""
-        kv_keep, kv_bits = plan.kv_keep, plan.kv_bits
-        if set(kv_keep) == {KV_KEEP_ALL} and set(kv_bits) == {16} and plan.kv_compression is None:
+        if stores_all(plan):
             return -1
-        number = self._format_ids.setdefault((kv_keep, kv_bits), len(self._format_ids))
+        form = plan.kv_keep, plan.kv_bits, plan.kv_hidden
+        number = self._format_ids.setdefault(form, len(self._format_ids))
         self._make_room(number + 1, "kv_format_tokens", "kv_format_bits")
-        self.kv_format_tokens[number] = [layer.tokens(kernel.NEVER) for layer in kv_keep]
-        self.kv_format_bits[number] = [KV_BITS.index(bits) for bits in kv_bits]
+        self.kv_format_tokens[number] = [layer.tokens(kernel.NEVER) for layer in plan.kv_keep]
+        self.kv_format_bits[number] = [HIDDEN_ROW if plan.kv_hidden else KV_BITS.index(bits) for bits in plan.kv_bits]
         return number
 
     def _stream_id(self, resident: Resident) -> int:

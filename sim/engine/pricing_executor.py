@@ -13,7 +13,7 @@ import numpy as np
 
 from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.latency import LatencyModel, chunk_context_sum
-from sim.cost.latency_tables import kv_only_in_range
+from sim.cost.latency_tables import kv_only_in_range, projected_in_range
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import WEIGHT_BITS, Plan
 from sim.cost.streaming import SHARED_LINK, slowed_s, stream_ready_s, stream_rows, streamed_end_s
@@ -139,9 +139,9 @@ class PricingExecutor:
             seconds = self._latency.iteration_s(plan, *shape)
         else:
             tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
-            seconds = self._latency.layered_iteration_s(
-                _layers_seen(iteration), tokens, sequences, self._qkv_share(plan)
-            )
+            rows = _layers_seen(iteration)
+            seconds = self._latency.layered_iteration_s(rows, tokens, sequences, self._qkv_share(plan))
+            inside = inside and projected_in_range(self._latency.tables, rows)
         if iteration.copying:
             seconds *= 1.0 + self._copy_slowdown
         if self._crossing:
@@ -194,11 +194,11 @@ def _ending(iteration: Iteration) -> list[tuple[LiveRequest, int]]:
 
 
 def _layers_seen(iteration: Iteration) -> Ints:
-    """Return int64[k, 9], the load of each layer; layers with equal loads share a row, in order of first appearance.
+    """Return int64[k, 10], the load of each layer; layers with equal loads share a row, in order of first appearance.
 
     Columns: layers, index of the products' bits, prefill tokens, their context, decodes, their context, FFN tokens,
-    prompt tokens that only write KV, eighths of the FFN block's channels that do not run. In a layer of `kv_only` the
-    last token of a prompt counts as a decode.
+    prompt tokens that only write KV, tokens stored as hidden states, eighths of the FFN block's channels that do not
+    run. In a layer of `kv_only` the last token of a prompt counts as a decode.
     """
     plan, decodes, prefills = iteration.plan, iteration.decodes, iteration.prefills
     rows: dict[tuple[int, ...], int] = {}
@@ -220,6 +220,7 @@ def _layers_seen(iteration: Iteration) -> Ints:
             context,
             feeding * plan.prefill.ffn[layer] + len(decodes) * plan.decode.ffn[layer],
             writing,
+            sum(live.computed_tokens for live in reading if live.table.stores_hidden),
             FULL_WIDTH - plan.ffn_width[layer],
         )
         rows[seen] = rows.get(seen, 0) + 1

@@ -19,7 +19,8 @@ follow; the next iteration starts. Requests that arrive together keep the order 
    shrinks: when the plan drops a block, and at the end of prefill, to the blocks that decode runs.
 4. A restored block runs for requests that are admitted later. With ``restore=recompute``, running requests that lack it
    give up their KV and are prefilled again.
-5. A request's ``kv_keep`` and ``kv_bits`` are fixed when its prefill ends; later plans affect only later requests.
+5. A request's ``kv_keep``, ``kv_bits`` and ``kv_hidden`` are fixed when its prefill ends; later plans affect only later
+   requests. One that keeps hidden states reads KV that each of its decodes computes, whatever the plan is then.
 6. The KV pool is the budget minus resident weights, the layer that is being copied in, and the workspace. When the pool
    shrinks below its use, the newest requests are preempted until it fits. When not even the weights fit, nothing that
    needs KV runs; the seconds over budget are counted.
@@ -58,9 +59,10 @@ these tokens and all tokens before them are the same.
 4. When the MHA blocks that prefill runs change, no earlier prefix block is found again, because the KV would differ.
    Running requests keep theirs, without the layers that prefill drops, and add nothing more to the cache. A change of
    precision or of FFN blocks does not clear the cache, as it does not clear the KV of running requests.
-5. While prefill and decode run different MHA blocks, or a plan cuts or quantizes KV (``kv_keep``, ``kv_bits``), nothing
-   is cached or found; the cache is cleared when such a plan starts and when it ends. A request that holds cached prefix
-   blocks keeps every token at 16 bits and, for those blocks, every layer that prefill runs.
+5. While prefill and decode run different MHA blocks, or a plan cuts or quantizes KV or keeps hidden states
+   (``kv_keep``, ``kv_bits``, ``kv_hidden``), nothing is cached or found; the cache is cleared when such a plan starts
+   and when it ends. A request that holds cached prefix blocks keeps every token at 16 bits and, for those blocks, every
+   layer that prefill runs.
 
 **Rules of scheduling ahead** (``schedules_ahead``). They are those of vLLM V1's asynchronous scheduling: the batch of
 an iteration is formed when the iteration before it starts, so that the device never waits for the scheduler.
@@ -91,9 +93,9 @@ iteration i + 1, and that token is dropped; here it is not, which changes the du
    into a batch of decodes from which no request was preempted.
 3. The copies out and back are made on the stream that computes, so they take time: the next iteration takes longer by
    the copied bytes, out and in together, over the speed of the host link.
-4. KV that lacks an MHA block that runs, or that is cut or quantized (``kv_keep``, ``kv_bits``), is not swapped but
-   computed again. When the MHA blocks that run change, KV on the host is of no use and is dropped; its requests are
-   computed again. A change of precision or of FFN blocks leaves it.
+4. KV that lacks an MHA block that runs, or that is cut or quantized (``kv_keep``, ``kv_bits``), and hidden states are
+   not swapped but computed again. When the MHA blocks that run change, KV on the host is of no use and is dropped; its
+   requests are computed again. A change of precision or of FFN blocks leaves it.
 
 Source: ``get_next_batch`` in swiftllm/server/scheduler.py and csrc/src/block_swapping.cpp (interestingLSY/swiftLLM);
 ``_schedule_swapped`` in vllm/core/scheduler.py and vllm/worker/cache_engine.py of vLLM 0.6. Both copy on the current

@@ -50,6 +50,7 @@ def static_plan(
     ffn_width: int | Sequence[int] = FULL_WIDTH,
     kv_method: str | None = None,
     kv_percent: int | None = None,
+    kv_hidden: bool = False,
     max_running: int | None = None,
     max_waiting: int | None = None,
     max_wait_s: float | None = None,
@@ -70,6 +71,7 @@ def static_plan(
         ffn_width: 8, 7, 6 or 5 eighths of the channels of all FFN blocks, or one entry per layer.
         kv_method: ada_kv, refree_kv, think or lorc, which compresses the KV of a prompt; None compresses none.
         kv_percent: of the bytes of that KV that stay.
+        kv_hidden: whether requests keep hidden states after prefill in place of keys and values.
         max_running, max_waiting, max_wait_s: as in ``Plan``.
     Raises:
         PlanError: if the plan is not legal for the model; the message names the block.
@@ -106,6 +108,7 @@ def static_plan(
         kv_compression=(
             None if kv_method is None or kv_percent is None else KVCompression(method=kv_method, percent=kv_percent)
         ),
+        kv_hidden=kv_hidden,
         max_running=max_running,
         max_waiting=max_waiting,
         max_wait_s=max_wait_s,

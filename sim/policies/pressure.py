@@ -2,9 +2,10 @@
 
 ``adaptive_precision`` resembles FlexQuant (arXiv 2506.12024) and PMPD (arXiv 2410.13461), which lower bits where the
 loss is smallest; here the number of layers at low precision follows the load. ``kv_precision`` does the same to the KV
-of requests whose prefill ends under load: it shrinks what they hold and read, not the weights. ``adaptive_pruning``
-gives MorphServe's controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantize: a rule
-without learning that reacts to queues as well as to memory. Thresholds that no paper states are our choice.
+of requests whose prefill ends under load: it shrinks what they hold and read, not the weights. ``hidden_cache`` lets
+these requests keep hidden states instead: half the bytes, more to compute. ``adaptive_pruning`` gives MorphServe's
+controller (arXiv 2506.02006) a greedy order of blocks to drop instead of layers to quantize: a rule without learning
+that reacts to queues as well as to memory. Thresholds that no paper states are our choice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan, layer_list
+from sim.cost.plan import LARGEST, Plan, check_plan, dense_plan, is_positive, layer_list
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.limits import is_whole
@@ -21,7 +22,7 @@ from sim.policies.greedy_stop import greedy_stop
 from sim.policies.morphserve import MorphServe
 
 REST_LEVELS = 0.1
-"""The ``rest_levels`` of ``kv_precision`` and ``oneiros``. Above 0, because smoothed pressure never reaches 0."""
+"""``rest_levels`` of ``kv_precision``, ``hidden_cache``, ``oneiros``. Above 0, as smoothed pressure never reaches 0."""
 
 
 @dataclass(slots=True)
@@ -151,6 +152,67 @@ def kv_precision(
     for plan in plans:
         check_plan(served.model, plan)
     return AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis, rest_levels=REST_LEVELS)
+
+
+@dataclass(slots=True)
+class HiddenCache:
+    """Runs what ``pressure`` asks for, but keeps no further hidden states while iterations are slow.
+
+    pressure: between keys and values and hidden states. tpot_s: iterations since the last decision may take this on
+        average; None: as long as they like.
+    """
+
+    pressure: AdaptivePrecision
+    tpot_s: float | None
+    before: EngineState | None = None
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Keys and values, hidden states."""
+        return self.pressure.plans
+
+    @property
+    def first_plan(self) -> Plan:
+        """Keys and values."""
+        return self.plans[0]
+
+    def __call__(self, state: EngineState) -> Plan:
+        """Take one sample and choose."""
+        wanted, before, self.before = self.pressure(state), self.before, state
+        if self.tpot_s is None or before is None or state.iterations <= before.iterations:
+            return wanted
+        iteration_s = (state.busy_s - before.busy_s) / (state.iterations - before.iterations)
+        return wanted if iteration_s <= self.tpot_s else self.first_plan
+
+
+def hidden_cache(
+    served: PolicyContext,
+    *,
+    tpot_s: float | None = None,
+    calm: float = 0.6,
+    wait_s: float = 1.0,
+    smoothing: float = 0.5,
+    hysteresis: float = 0.5,
+) -> HiddenCache:
+    """Build the policy of two steps: requests keep keys and values, or hidden states of half the bytes (Apt-Serve).
+
+    A request keeps what it had when its prefill ended, so the step shrinks what later requests hold. It begins and ends
+    as the first one of ``kv_precision`` does.
+
+    Args:
+        tpot_s: no further request keeps hidden states while iterations take longer than this, in seconds; None: all
+            do while pressure is high.
+        calm, wait_s, smoothing, hysteresis: as in ``AdaptivePrecision``.
+    Raises:
+        ConfigError: for numbers out of range. PlanError: for a model whose hidden states do not halve its KV.
+    """
+    check_pressure(calm, wait_s, smoothing, hysteresis)
+    if tpot_s is not None and not is_positive(tpot_s):
+        raise ConfigError(f"policy.tpot_s is {tpot_s!r}; it must be seconds above 0, or null for no limit")
+    dense = dense_plan(served.model)
+    plans = (dense, replace(dense, kv_hidden=True))
+    check_plan(served.model, plans[-1])
+    return HiddenCache(AdaptivePrecision(plans, calm, wait_s, smoothing, hysteresis, rest_levels=REST_LEVELS), tpot_s)
 
 
 def check_pressure(calm: float, wait_s: float, smoothing: float, hysteresis: float) -> None:

@@ -29,6 +29,7 @@ FEATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prefix cache, with turns": (CHATS, CACHE),
     "prefix cache, without turns": ((*CHATS, "workload=open_loop"), CACHE),
     "KV at 8 bits": (FIXED, ("policy.kv_bits=8",)),
+    "hidden states": (FIXED, ("policy.kv_hidden=true",)),
     "KV cut to 512 tokens": (FIXED, ("policy.kv_first_tokens=64", "policy.kv_last_tokens=448")),
     "8 streamed layers": (FIXED, ("policy.streamed=[3,7,11,15,19,23,27,31]",)),
     "prompts through half of the layers": (FIXED, ("policy.kv_only=[" + ",".join(map(str, range(16, 32))) + "]",)),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from sim.compiled import compiled, constant
+from sim.cost.kv_format import HIDDEN_ROW
 from sim.engine.kernel.kv import _found_again, _prefix_blocks_in, _release, blocks_of
 from sim.engine.kernel.layout import Table
 from sim.engine.kernel.prefix_cache import _release_prefix_blocks
@@ -93,7 +94,7 @@ def _group_of(s: Table, last_token_s: float) -> int:
 
 @compiled(once=True)
 def _low_blocks_due(s: Table) -> int:
-    """Return the KV blocks below 16 bits that the decoding requests take in the iteration of this clock."""
+    """Return the KV blocks that decoding requests take in this clock's iteration, below 16 bits or as hidden states."""
     n, phases, precisions, due = counters_of(s), blocks_due_by_phase_of(s), kv_precisions_of(s), 0
     for precision in range(1, len(precisions)):
         due += phases[precision, -n.clock % precisions[precision].block_tokens]
@@ -150,6 +151,9 @@ def _sum_formatted(s: Table, i: int, times: int) -> None:
             row.bytes += times * since * precision.token_bytes
             row.token_bytes += times * precision.token_bytes
             phases[bits[number, layer], since % precision.block_tokens] += times
+        if bits[number, layer] == HIDDEN_ROW:  # of all tokens: no plan drops some of them
+            row.hidden += times
+            row.hidden_tokens += times * since
 
 
 @compiled(once=True)
@@ -201,6 +205,7 @@ def empty_sums(s: Table) -> None:
     if n.formatted_decodes > 0:
         for layer in range(len(layer_kv)):
             layer_kv[layer].decodes = layer_kv[layer].bytes = layer_kv[layer].token_bytes = 0
+            layer_kv[layer].hidden = layer_kv[layer].hidden_tokens = 0
     n.formatted_decodes = n.formatted_tokens = 0
     n.next_limit = NEVER
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from sim.compiled import compiled
+from sim.cost.kv_format import HIDDEN_ROW
 from sim.cost.latency_tables import (
     LatencyTables,
     iteration_in_range,
     iteration_seconds,
     kv_only_in_range,
     layered_iteration_seconds,
+    projected_in_range,
 )
 from sim.cost.streaming import SHARED_LINK, slowed_s, streamed_end_s
 from sim.engine.kernel.admission import _form_batch, queue_due_s, take_arrivals
@@ -87,6 +89,7 @@ def _keeps_as_the_layer_before(s: Table, layer: int) -> bool:
     before, here = layer_kv_of(s)[layer - 1], layer_kv_of(s)[layer]
     if not counters_of(s).eager:  # all decodes that keep only a part of their KV are in these sums
         same = before.decodes == here.decodes and before.bytes == here.bytes
+        same = same and before.hidden == here.hidden and before.hidden_tokens == here.hidden_tokens
         return bool(same and before.token_bytes == here.token_bytes)
     kept, bits = kv_format_tokens_of(s), kv_format_bits_of(s)
     for number in range(len(kept)):
@@ -123,7 +126,7 @@ def _fill_layer_loads(s: Table) -> int:
             loads[place, 0] += 1
             continue
         tokens, contexts, decodes, context, writing = 0, 0, 0, 0, 0
-        stored = 0  # bytes of KV that is cut or quantized
+        stored = projected = 0  # bytes read of KV that is cut or quantized; tokens whose hidden states are stored
         kv_only = layers[layer].kv_only != 0
         for j in range(n.batch_chunks):
             slot, chunk = slots[batch[j].slot], batch[j].tokens
@@ -149,6 +152,8 @@ def _fill_layer_loads(s: Table) -> int:
                 else:
                     kept = min(computed - slot.saved_tokens, kept_tokens[number, layer])
                     stored += kept * precisions[kept_bits[number, layer]].token_bytes
+                    if kept_bits[number, layer] == HIDDEN_ROW:
+                        projected += kept
         if n.decodes_in_batch:
             # A decode at clock c has since + c tokens, and context_tokens sums only since (`_join_decodes`).
             for k in range(n.kv_set_count):
@@ -159,6 +164,7 @@ def _fill_layer_loads(s: Table) -> int:
                 layer_kv = layer_kv_of(s)[layer]
                 decodes += layer_kv.decodes
                 stored += layer_kv.bytes + layer_kv.token_bytes * n.clock
+                projected += layer_kv.hidden_tokens + layer_kv.hidden * n.clock
         if stored > 0:  # as many tokens at 16 bits have the bytes that the decodes read
             context += stored // (n.block_bytes // n.block_tokens)
         bits, runs = layers[layer].bits_index, layers[layer]
@@ -175,7 +181,8 @@ def _fill_layer_loads(s: Table) -> int:
                 and row[5] == context
                 and row[6] == ffn
                 and row[7] == writing
-                and row[8] == runs.ffn_cut
+                and row[8] == projected
+                and row[9] == runs.ffn_cut
             ):
                 row[0] += 1
                 place, found = at, True
@@ -183,7 +190,7 @@ def _fill_layer_loads(s: Table) -> int:
         if not found:
             place, row = count, loads[count]
             row[0], row[1], row[2], row[3], row[4], row[5], row[6] = 1, bits, tokens, contexts, decodes, context, ffn
-            row[7], row[8] = writing, runs.ffn_cut
+            row[7], row[8], row[9] = writing, projected, runs.ffn_cut
             count += 1
     return count
 
@@ -265,11 +272,13 @@ def _start(s: Table, now_s: float) -> None:
         n.batch_ends = sequences - decodes
         uniform = uniform and prefill == 0
     tables, counts = LatencyTables(latency_data_of(s), latency_layout_of(s)), block_counts_of(s)
+    inside = True
     if uniform:
         duration_s = iteration_seconds(tables, counts, prefill, prefill_contexts, decodes, contexts, sequences)
     else:
         loads = layer_loads_of(s)[: _fill_layer_loads(s)]
         duration_s = layered_iteration_seconds(tables, loads, prefill + decodes, sequences, n.qkv_share)
+        inside = projected_in_range(tables, loads)
     if n.copy >= 0:
         duration_s *= 1.0 + n.copy_slowdown
     if n.streams > 0:
@@ -277,7 +286,7 @@ def _start(s: Table, now_s: float) -> None:
     if n.moved_blocks > 0:
         duration_s += n.moved_blocks * n.block_bytes / n.copy_bytes_per_s
         n.moved_blocks = 0
-    inside = iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
+    inside = inside and iteration_in_range(tables, prefill, prefill_contexts, decodes, contexts, sequences)
     if n.kv_only > 0 and prefill > 0:
         inside = inside and kv_only_in_range(tables, sequences, contexts + _end_contexts(s))
     n.batch_extrapolated = 0 if inside else 1

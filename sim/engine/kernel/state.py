@@ -60,10 +60,11 @@ class Sizes(NamedTuple):
     slots: int  # requests that may run at once
     layers: int  # layers of the model
     words: int  # W: int64 words of a set of layers
-    most_block_tokens: int  # tokens of a KV block at the fewest bits
+    most_block_tokens: int  # most tokens of a KV block, at any of the ways to store them
     kv_sets: int  # KV sets that can exist at once
     free_runs: int  # runs of free KV blocks that can exist at once
-    precisions: int  # number of precisions, of weights and of KV
+    precisions: int  # number of precisions of weights
+    kv_precisions: int  # number of ways to store the KV of a layer: its precisions, and hidden states
     log_rows: int  # initial rows of the iteration log
 
 
@@ -289,7 +290,7 @@ last_token_groups_of = REPLICA.array("last_token_groups", GROUP, rows=lambda z: 
 # KV blocks, over all layers, that decoding requests take in the iteration of clock c: a row for each precision, in it
 # entry -c modulo the tokens of its KV block.
 blocks_due_by_phase_of = REPLICA.array(
-    "blocks_due_by_phase", rows=lambda z: z.precisions, columns=lambda z: z.most_block_tokens, saved=True
+    "blocks_due_by_phase", rows=lambda z: z.kv_precisions, columns=lambda z: z.most_block_tokens, saved=True
 )
 
 # -- KV blocks and the prefix cache ------------------------------------------------------------------------------------
@@ -411,13 +412,18 @@ LAYER = np.dtype(
 )
 layers_of = REPLICA.array("layers", LAYER, rows=lambda z: z.layers, saved=True)
 # What a layer holds of the decoding requests that keep only a part of their KV: how many requests, their bytes less the
-# clock times token_bytes, and token_bytes, the bytes of one more token of each.
-LAYER_KV = np.dtype([("decodes", INT64), ("bytes", INT64), ("token_bytes", INT64)], align=True)
+# clock times token_bytes, and token_bytes, the bytes of one more token of each. Of these, how many hold hidden states,
+# and their tokens less the clock for each. Bytes are those that decodes read.
+LAYER_KV = np.dtype(
+    [("decodes", INT64), ("bytes", INT64), ("token_bytes", INT64), ("hidden", INT64), ("hidden_tokens", INT64)],
+    align=True,
+)
 layer_kv_of = REPLICA.array("layer_kv", LAYER_KV, rows=lambda z: z.layers, saved=True)
 # Work space: what equal layers see of a batch, as ``sim.cost.latency_tables.layered_iteration_seconds`` reads it.
-layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=9)
+layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=10)
+# The ways to store the KV of a layer (sim.cost.kv_format.kv_precisions): tokens of a KV block, and bytes read of each.
 KV_PRECISION = np.dtype([("block_tokens", INT64), ("token_bytes", INT64)], align=True)
-kv_precisions_of = REPLICA.array("kv_precisions", KV_PRECISION, rows=lambda z: z.precisions, saved=True)
+kv_precisions_of = REPLICA.array("kv_precisions", KV_PRECISION, rows=lambda z: z.kv_precisions, saved=True)
 latency_data_of = REPLICA.array("latency_data", FLOAT64)  # ``sim.cost.latency_tables.LatencyTables``
 latency_layout_of = REPLICA.array("latency_layout")
 

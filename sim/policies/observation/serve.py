@@ -3,9 +3,9 @@
 ``ServeObserver`` turns the history of ``EngineState`` into numbers; they contain no output length, and nothing of the
 future except announced changes of the budget. ``serve_actions`` lists plans: a number of dropped blocks of an order, a
 number of layers at low precision, and admission limits in requests and in seconds; if asked for, also streamed layers,
-KV at fewer bits, products at fewer bits, and layers in which prompts only write KV. An action is a pair: the weights
-(and which of them are streamed), and what can change at any time without a copy: all else. ``groups`` numbers the
-weights.
+KV at fewer bits, compressed KV, products at fewer bits, and layers in which prompts only write KV. An action is a pair:
+the weights (and which of them are streamed), and what can change at any time without a copy: all else. ``groups``
+numbers the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ import numpy as np
 
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, drop, nested_bits, with_mask
+from sim.cost.plan import (
+    KV_BITS,
+    WEIGHT_BITS,
+    KVCompression,
+    Plan,
+    check_plan,
+    dense_plan,
+    drop,
+    nested_bits,
+    with_mask,
+)
 from sim.cost.streaming import nested_layers
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
@@ -33,6 +43,10 @@ from sim.policies.pop import layer_order
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
+
+
+HIDDEN = "hidden"
+"""In a list of ``kv_bits``: hidden states in place of keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +143,10 @@ def serve_actions(
     admits: Sequence[int | None] = (None,),
     waits: Sequence[float | None] = (None,),
     runs: Sequence[int | None] = (None,),
-    kv_bits: Sequence[int] = (16,),
+    kv_bits: Sequence[int | str] = (16,),
     compute_bits: Sequence[int] = (16,),
     kv_only: Sequence[int] = (0,),
+    kv_compression: Sequence[Mapping[str, Any] | None] = (None,),
     streamed: Sequence[int] = (0,),
     start_drops: int | None = None,
     dwell_s: float = 0.0,
@@ -146,10 +161,13 @@ def serve_actions(
         admits: limits of waiting requests, None for no limit.
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         runs: how many requests may run at once, which bounds the time per token; None for the engine's own limit.
-        kv_bits: at how many bits requests keep their KV from now on: 16, 8 or 4 in all layers.
+        kv_bits: at how many bits requests keep their KV from now on: 16, 8 or 4 in all layers, or ``hidden`` for hidden
+            states in its place.
         compute_bits: at how many bits products run, as near as the resident weights allow: 8 reads the first half of
             weights of 16 bits (``sim.cost.plan.nested_bits``); 16 uses all that is resident.
         kv_only: in how many layers prompts only write KV (POP): the first of ``sim.policies.pop.layer_order``.
+        kv_compression: how the KV of prompts is compressed from now on, such as ``{method: ada_kv, percent: 70}``; None
+            for not at all. Hidden states are not compressed: there are no plans with both.
         streamed: how many layers are streamed from the host (``sim.cost.streaming.nested_layers``): 0, or 3 or more.
         start_drops: None starts with the first plan. A number starts with the most layers at low precision and nothing
             dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
@@ -163,13 +181,14 @@ def serve_actions(
     check_made_for(model, made_for, "actions")
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
-    empty = not all((drops, low_layers, admits, waits, runs, kv_bits, compute_bits, kv_only, streamed))
+    held_ways = [_compression(way) for way in kv_compression]
+    empty = not all((drops, low_layers, admits, waits, runs, kv_bits, compute_bits, kv_only, held_ways, streamed))
     if empty or max(drops) > len(order) or min(drops) < 0:
         raise ConfigError(
             f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
             f"{list(admits)}, waits {list(waits)}, runs {list(runs)}, kv_bits {list(kv_bits)}, compute_bits "
-            f"{list(compute_bits)}, kv_only {list(kv_only)}, streamed {list(streamed)}; each list needs an entry, and "
-            "drops must lie between 0 and the length of the order"
+            f"{list(compute_bits)}, kv_only {list(kv_only)}, kv_compression {list(kv_compression)}, streamed "
+            f"{list(streamed)}; each list needs an entry, and drops must lie between 0 and the length of the order"
         )
     for name, counts in (("streamed", streamed), ("kv_only", kv_only)):
         if any(not is_whole(count) or not 0 <= count <= model.num_layers for count in counts):
@@ -177,10 +196,13 @@ def serve_actions(
                 f"actions.{name} is {list(counts)}; the numbers must lie between 0 and {model.num_layers}, the layers "
                 f"of {model.name}"
             )
+    if any(bits not in (*KV_BITS, HIDDEN) for bits in kv_bits):
+        raise ConfigError(f"actions.kv_bits is {list(kv_bits)}; allowed are 16, 8, 4 and {HIDDEN}")
     if any(bits not in WEIGHT_BITS for bits in compute_bits):
         raise ConfigError(f"actions.compute_bits is {list(compute_bits)}; allowed are 16, 8 and 4")
     limits = tuple(product(admits, waits, runs))
-    free = tuple(product(kv_bits, compute_bits, kv_only, enumerate(limits)))
+    stored = [(kept, held) for kept, held in product(kv_bits, held_ways) if kept != HIDDEN or held is None]
+    free = tuple(product(stored, compute_bits, kv_only, enumerate(limits)))
     prompts_least_need = layer_order(model, None)
     dense = dense_plan(model)
     blocks = [block_of(name) for name in order]
@@ -188,9 +210,9 @@ def serve_actions(
     far_apart = nested_layers(model.num_layers)
     # Streamed layers and bits of KV are observed together, as tables with either of them always were.
     memory = len(streamed) > 1 or len(kv_bits) > 1
-    observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1
+    observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1, len(held_ways) > 1
     combinations = product(enumerate(drops), enumerate(low_layers), enumerate(streamed), free)
-    for (i, gone), (j, low), (s, crossing), (kept, compute, writing, (k, limit)) in combinations:
+    for (i, gone), (j, low), (s, crossing), ((kept, held), compute, writing, (k, limit)) in combinations:
         mask = drop(
             model,
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
@@ -203,9 +225,11 @@ def serve_actions(
         plan = replace(
             with_mask(dense, mask),
             weight_bits=bits,
-            kv_bits=(kept,) * model.num_layers,
+            kv_bits=(kept if isinstance(kept, int) else 16,) * model.num_layers,
+            kv_hidden=kept == HIDDEN,
             compute_bits=tuple(nested_bits(each, compute) for each in bits),
             kv_only=tuple(layer in prompts_least_need[:writing] for layer in range(model.num_layers)),
+            kv_compression=held,
             streamed=tuple(layer in far_apart[:crossing] for layer in range(model.num_layers)),
             max_waiting=max_waiting,
             max_wait_s=max_wait_s,
@@ -214,14 +238,16 @@ def serve_actions(
         check_plan(model, plan)
         names.append(
             f"drop {gone}, W{low_bits} {low}, {_limit_name(*limit)}"
-            + (f", KV{kept}" if len(kv_bits) > 1 else "")
+            + (f", KV{' ' * (kept == HIDDEN)}{kept}" if len(kv_bits) > 1 else "")
             + (f", products at {compute}" if len(compute_bits) > 1 else "")
             + (f", KV only {writing}" if len(kv_only) > 1 else "")
+            + (f", KV {_compression_name(held)}" if len(held_ways) > 1 else "")
             + (f", streamed {crossing}" if len(streamed) > 1 else "")
         )
         plans.append(plan)
-        moves = s / max(1, len(streamed) - 1), kept / 16
-        shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1)
+        moves = s / max(1, len(streamed) - 1), kept / 16 if isinstance(kept, int) else 0.0
+        stays = 1.0 if held is None else held.percent / 100
+        shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1), stays
         extras.append(tuple(value for value, differs in zip((*moves, *shown), observed, strict=True) if differs))
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
@@ -245,6 +271,26 @@ def serve_actions(
         workspace_bytes=workspace_bytes,
         starts=(lowest if max(low_layers) else dropping, dropping),
     )
+
+
+def _compression(way: Mapping[str, Any] | None) -> KVCompression | None:
+    """Return a way to compress KV from a configuration.
+
+    Raises:
+        ConfigError: unless it is null, or has a method and a percent. PlanError: for a method or percent not allowed.
+    """
+    if way is None:
+        return None
+    if not isinstance(way, Mapping) or set(way) != {"method", "percent"}:
+        raise ConfigError(
+            f"actions.kv_compression has {way!r:.80}; an entry is null, or a method and the percent of a prompt's "
+            "bytes that stay, such as {method: ada_kv, percent: 70}"
+        )
+    return KVCompression(method=way["method"], percent=way["percent"])
+
+
+def _compression_name(way: KVCompression | None) -> str:
+    return "whole" if way is None else f"{way.method} {way.percent}%"
 
 
 def _limit_name(max_waiting: int | None, max_wait_s: float | None, max_running: int | None) -> str:
@@ -300,9 +346,10 @@ SERVE_ENTRIES = (
 
 EXTRA_ENTRIES = (
     Entry("level_streamed", "share", 0.0, 1.0, "how far along the numbers of streamed layers the present choice is"),
-    Entry("kv_bits", "bits / 16", 0.0, 1.0, "at which requests keep their KV from now on"),
+    Entry("kv_bits", "bits / 16", 0.0, 1.0, "at which requests keep their KV from now on; 0 for hidden states"),
     Entry("compute_bits", "bits / 16", 0.0, 1.0, "the most bits at which products run"),
     Entry("level_kv_only", "share", 0.0, 1.0, "how far along the numbers of layers in which prompts only write KV"),
+    Entry("kv_stays", "share", 0.0, 1.0, "of the bytes of a prompt's KV, when it is compressed from now on"),
 )
 """Observed in addition where plans differ in them."""
 

@@ -140,7 +140,7 @@ def test_an_all_reduce_takes_its_full_time() -> None:
 
 def test_rows_of_layers_name_what_is_cut() -> None:
     rows: Ints = plan_rows(cut(5, 1), PromptLoad(4, 10, 1, 4), 0, 0)
-    assert rows[:, 8].tolist() == [3, *(0,) * 31]
+    assert rows[:, 9].tolist() == [3, *(0,) * 31]
 
 
 # --- Loss ------------------------------------------------------------------------------------------------------------
@@ -201,16 +201,19 @@ def test_the_measured_losses_are_charged_and_transferred() -> None:
     assert 0 < alone < losses[-1]
     assumed = load_quality("llama2_7b_transferred")
     assert assumed.nll(cut(5)) - assumed.nll(DENSE) == pytest.approx(losses[-1])
-    assert "that of FFN blocks at fewer channels assumed to be that of smollm2_135m" in assumed.summary()
+    assert "what FFN blocks at fewer channels cost is assumed to be that of smollm2_135m" in assumed.summary()
 
 
 def test_what_was_not_measured_is_refused() -> None:
     published = load_quality("llama2_7b_published")
     assert math.isnan(published.charge(cut(7)))
-    with pytest.raises(CalibrationError, match="what FFN blocks at fewer channels cost llama2_7b is not known here"):
+    with pytest.raises(CalibrationError, match="what FFN blocks at fewer channels cost is not known of llama2_7b"):
         published.nll(cut(7))
-    without = replace(load_quality("smollm2_135m"), ffn_width_loss=None)  # type: ignore[arg-type]
+    known = load_quality("smollm2_135m")
+    without = replace(known, added=replace(known.added, ffn_width=None))
     plan = replace(dense_plan(SMOL), ffn_width=(7,) * 30)
     assert math.isnan(without.charge(plan))
-    with pytest.raises(CalibrationError, match="was not measured on smollm2_135m; leave ffn_width at 8"):
+    with pytest.raises(
+        CalibrationError, match=r"is not known of smollm2_135m; leave ffn_width at 8, or measure it: .* kind=width"
+    ):
         without.nll(plan)

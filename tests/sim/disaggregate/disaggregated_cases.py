@@ -22,7 +22,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies.fixed import static_plan
 from sim.traces.trace import Trace
 from tests.sim.disaggregate.plain_disaggregated import PREFILL, PlainDisaggregated, build
-from tests.sim.engine.kernel_cases import irregular_latency, schedules_ahead, with_swaps
+from tests.sim.engine.kernel_cases import irregular_latency, schedules_ahead, with_swaps, without_gqa
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
 from tests.sim.shrink import shrunk_case, without_some
@@ -52,11 +52,13 @@ class DisaggregatedCase:
     start_s: float = 0.0
     turn_s: float = 0.0
     tp: int = 1
+    gqa: bool = True
 
     @property
     def model(self) -> ModelSpec:
-        """What one of the ``tp`` GPUs of a replica holds."""
-        return (WIDE if self.plan.cuts_ffn else TINY).shard(self.tp)
+        """What one of the ``tp`` GPUs of a replica holds; without ``gqa`` every query head has its own KV."""
+        model = WIDE if self.plan.cuts_ffn else TINY
+        return (model if self.gqa else without_gqa(model)).shard(self.tp)
 
     def trace(self) -> Trace:
         """Return the requests as a trace."""
@@ -148,6 +150,12 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
     if later and divided.random() < 0.3:
         tp = int(divided.choice([2, 4]))
         case = replace(case, tp=tp, latency=irregular_latency(divided, tp))
+    hiding = np.random.default_rng([seed, 22])
+    if later and case.tp == 1 and "kv_layers" not in kv and hiding.random() < 0.5:
+        hidden = replace(case.plan, kv_hidden=True, kv_bits=(), kv_compression=None)
+        case = replace(case, gqa=False, plan=hidden)
+        if hiding.random() < 0.5:  # of the others, no product takes any time
+            case = replace(case, latency=irregular_latency(hiding))
     changes = np.random.default_rng([seed, 17])
     if not later or changes.random() >= 0.5:
         return case

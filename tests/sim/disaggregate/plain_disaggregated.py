@@ -237,6 +237,8 @@ class PlainDisaggregated:
         heads = self.model.num_kv_heads
         if self.plan.kv_compression is not None:
             prompt = -(-prompt * self.plan.kv_compression.percent // 100)
+        if self.plan.kv_hidden:
+            full = self.model.hidden_size * self.model.weight_dtype_bytes
         return [
             (keep.tokens(prompt), full if bits == 16 else 2 * heads * size[bits])
             for keep, bits, kept in zip(self.plan.kv_keep, self.plan.kv_bits, self.plan.decode.mha, strict=True)
@@ -247,7 +249,7 @@ class PlainDisaggregated:
         return sum(tokens * size for tokens, size in self._kept(prompt))
 
     def _blocks(self, row: Row) -> int:
-        block_bytes = self._block_tokens() * self.token_layer_bytes
+        block_bytes = self._block_tokens() * self.token_layer_bytes  # of one at 16 bits, whatever it holds
         return sum(-(-tokens // (block_bytes // size)) for tokens, size in self._kept(row.tokens))
 
     def _block_tokens(self) -> int:

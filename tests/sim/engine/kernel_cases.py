@@ -50,11 +50,13 @@ class Case:
     charges_cut_kv: bool = False
     tp: int = 1
     intermediate_size: int = TINY.intermediate_size
+    gqa: bool = True
 
     @property
     def model(self) -> ModelSpec:
-        """What one of the ``tp`` GPUs holds."""
-        return replace(TINY, intermediate_size=self.intermediate_size).shard(self.tp)
+        """What one of the ``tp`` GPUs holds; without ``gqa`` every query head has its own keys and values."""
+        model = replace(TINY, intermediate_size=self.intermediate_size)
+        return (model if self.gqa else without_gqa(model)).shard(self.tp)
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
         """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
@@ -87,6 +89,11 @@ class Case:
         room = layer_weight_bytes(self.model)
         steps = [(time_s, max(1, int(first + share * room))) for time_s, share in self.budget_steps]
         return stepped([(0.0, first), *steps])
+
+
+def without_gqa(model: ModelSpec) -> ModelSpec:
+    """Return the model with keys and values of its own for every query head, as hidden states need it."""
+    return replace(model, num_kv_heads=model.num_heads)
 
 
 def quality_nll(plan: Plan) -> float:
@@ -313,6 +320,23 @@ def with_kv_compression(seed: int, case: Case) -> Case:
     return _with_plans(case, compressing)
 
 
+def with_kv_hidden(seed: int, case: Case) -> Case:
+    """Return the case of a seed without GQA and with plans that keep hidden states; its own stream, as above."""
+    rng = np.random.default_rng([seed, 22])
+    if rng.random() < 0.6 or case.tp > 1:
+        return case
+    chosen: dict[Plan, bool] = {}
+
+    def hiding(plan: Plan) -> Plan:
+        if set(plan.kv_keep) != {KVKeep()}:
+            return plan
+        if plan not in chosen:
+            chosen[plan] = bool(rng.random() < 0.7)
+        return replace(plan, kv_hidden=True, kv_bits=(), kv_compression=None) if chosen[plan] else plan
+
+    return replace(_with_plans(case, hiding), gqa=False)
+
+
 def with_ffn_width(seed: int, case: Case) -> Case:
     """Return the case of a seed with plans that cut FFN blocks of more channels, often to several widths in turn.
 
@@ -364,8 +388,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
             the engine up, plans that limit how long a request may wait, quantize KV, stream layers, let prompts only
-            write KV, compute below their resident bits or cut FFN blocks, and a model that is divided among GPUs.
-            Cut KV then costs something too.
+            write KV, compute below their resident bits, keep hidden states or cut FFN blocks, and a model that is
+            divided among GPUs, or has no GQA. Cut KV then costs something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -434,7 +458,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     if not later:
         return case
     case = with_kv_only(seed, with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))))
-    return with_ffn_width(seed, with_kv_compression(seed, with_compute_bits(seed, case)))
+    case = with_kv_hidden(seed, with_kv_compression(seed, with_compute_bits(seed, case)))
+    return with_ffn_width(seed, case)
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:

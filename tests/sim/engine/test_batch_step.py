@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sim.cost.plan import KV_KEEP_ALL
 from sim.engine import batch_step
 from sim.engine.batch_step import VectorEngines
 from sim.engine.plan_graph import PlanGraph
@@ -17,7 +18,6 @@ from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError
 from tests.sample import quick
 from tests.sim.engine.kernel_cases import Case, quality_nll, random_case, random_plan, unequal
-from tests.sim.serving import TINY
 
 TICK_S, TICKS = 2.5, 25
 
@@ -56,17 +56,21 @@ def assert_seen(row: Any, state: EngineState) -> None:
 def test_engines_stepped_together_serve_as_on_simpy(first: int, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.engine.sim_engine.MEMORY_OF_PLANS", memory)
     rng = np.random.default_rng(first)
+    cases, shared = [], random_case(first)
     plans = [random_plan(rng) for _ in range(5)]
-    cases = []
+    if not shared.gqa:
+        plans[:3] = [replace(plan, kv_hidden=set(plan.kv_keep) == {KV_KEEP_ALL}) for plan in plans[:3]]
     for seed in range(first, first + 4):
-        case = replace(random_case(seed), tp=random_case(first).tp)  # they share a plan graph, which is one model's
+        case = replace(random_case(seed), tp=shared.tp, gqa=shared.gqa)  # they share a plan graph: one model's
+        if shared.gqa:
+            case = replace(case, first_plan=replace(case.first_plan, kv_hidden=False))
         try:
             build(case)
             cases.append(case)
         except BudgetError:
             continue
     together, alone = VectorEngines(len(cases), plans), [build(case) for case in cases]
-    graph = PlanGraph(TINY.shard(random_case(first).tp), quality_nll)
+    graph = PlanGraph(shared.model, quality_nll)
     for at, case in enumerate(cases):
         together.place(at, build(case, graph=graph, external_clock=True))
     wanted = np.full(len(cases), -1)

@@ -171,7 +171,7 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
     met = dict.fromkeys(
         [
             *("preempted", "recomputed", "copied", "over budget", "rejected", "cut KV", "a KV hole", "known"),
-            *("quantized KV", "ahead", "swapped", "swapped, prompts first", "waited for a copy"),
+            *("quantized KV", "hidden states", "ahead", "swapped", "swapped, prompts first", "waited for a copy"),
         ],
         0,
     )
@@ -189,6 +189,7 @@ def test_the_random_cases_meet_everything_that_has_rules() -> None:
         met["rejected"] += bool((records.status == 3).any())
         met["cut KV"] += any("KV " in plan for plan in transitions.to_plan)
         met["quantized KV"] += any("KV8" in plan or "KV4" in plan for plan in transitions.to_plan)
+        met["hidden states"] += any("hidden states" in plan for plan in transitions.to_plan)
         swapped = case.config.preemption == "swap" and bool(records.preemptions.any())
         met["swapped"] += swapped
         met["swapped, prompts first"] += swapped and case.config.scheduler == "prefill_first"

@@ -1,4 +1,4 @@
-"""The real engine refuses plans that compress KV by methods that it does not have; it never runs something else."""
+"""The real engine refuses plans that store KV in ways that it does not have; it never runs something else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hw.elastic.model import ElasticModel
-from sim.cost.plan import KV_METHODS, KVCompression, dense_plan
+from sim.cost.plan import KV_METHODS, KVCompression, check_plan, dense_plan
 from sim.errors import PlanError
 from tests.hw.serving import hw_engine, tiny, tiny_spec
 
@@ -30,3 +30,13 @@ def test_an_engine_refuses_such_a_plan_at_its_start_and_later() -> None:
     engine = hw_engine()
     with pytest.raises(PlanError, match="use kv_keep or kv_bits, or simulate the plan"):
         engine.apply(COMPRESSED[2])
+
+
+def test_hidden_states_are_refused() -> None:
+    spec = ElasticModel(tiny("opt"), name="tiny").spec
+    hidden = replace(dense_plan(spec), kv_hidden=True)
+    check_plan(spec, hidden)
+    elastic = ElasticModel(tiny("opt"), name="tiny")
+    with pytest.raises(PlanError, match="the real engine cannot keep hidden states in place of keys and values"):
+        elastic.apply(hidden)
+    assert elastic.plan == dense_plan(spec)
