@@ -233,7 +233,7 @@ def block_of(name: str) -> tuple[str, int]:
     Raises:
         PlanError: if the name is not MHA or FFN followed by a layer number.
     """
-    kind, number = name[:3], name[3:]
+    kind, number = (name[:3], name[3:]) if isinstance(name, str) else ("", "")
     if kind not in ("MHA", "FFN") or not number.isdigit():
         raise PlanError(f"{name!r} is not a block; write blocks as MHA0, FFN0, MHA1, ...")
     return kind, int(number)

@@ -241,11 +241,12 @@ def lookahead(
     Raises:
         ConfigError: for numbers out of range, or if there is no model of the server.
     """
-    if min(horizon_s, ttft_s, memory_s, prior_tokens, *factors) <= 0 or min(grace_s, margin) < 0 or not factors:
+    above, from_0 = (horizon_s, ttft_s, memory_s, prior_tokens, *factors), (grace_s, margin)
+    if not factors or not all(map(is_positive, above)) or not all(is_positive(one) or one == 0 for one in from_0):
         raise ConfigError(
             f"policy.horizon_s is {horizon_s}, ttft_s {ttft_s}, memory_s {memory_s}, prior_tokens {prior_tokens}, "
             f"factors {list(factors)}, grace_s {grace_s}, margin {margin}; grace_s and margin must be at least 0, the "
-            "others above 0, with at least one factor"
+            "others above 0, all finite, with at least one factor"
         )
     if tpot_s is not None and not is_positive(tpot_s):
         raise ConfigError(f"policy.tpot_s is {tpot_s!r}; it must be above 0 seconds, or null for no target")

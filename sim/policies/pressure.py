@@ -221,11 +221,14 @@ def check_pressure(calm: float, wait_s: float, smoothing: float, hysteresis: flo
     Raises:
         ConfigError: for one out of range.
     """
-    if not (0.0 <= calm < 1.0 and wait_s > 0 and 0.0 < smoothing <= 1.0 and hysteresis >= 0):
-        raise ConfigError(
-            f"policy.calm is {calm}, wait_s {wait_s}, smoothing {smoothing}, hysteresis {hysteresis}; they must be in "
-            "[0, 1), above 0, in (0, 1] and at least 0"
-        )
+    for name, value, right, allowed in (
+        ("calm", calm, (is_positive(calm) or calm == 0) and calm < 1, "from 0 to below 1"),
+        ("wait_s", wait_s, is_positive(wait_s), "of seconds above 0"),
+        ("smoothing", smoothing, is_positive(smoothing) and smoothing <= 1, "above 0, at most 1"),
+        ("hysteresis", hysteresis, is_positive(hysteresis) or hysteresis == 0, "from 0 on"),
+    ):
+        if not right:
+            raise ConfigError(f"policy.{name} is {value!r:.80}; it must be a finite number {allowed}")
 
 
 def adaptive_pruning(

@@ -315,7 +315,7 @@ def _check_lists(model: ModelSpec, blocks: int, **lists: Sequence[Any]) -> None:
             )
     layers = model.num_layers, f"the layers of {model.name}"
     for name, (most, what) in {
-        "drops": (blocks, "the blocks of actions.order"),
+        "drops": (blocks, "the length of actions.order"),
         "low_layers": layers,
         "streamed": layers,
         "kv_only": layers,
@@ -704,8 +704,10 @@ def actions_from(model: ModelSpec, options: Mapping[str, Any], workspace_bytes: 
     """Return the plans for the options of ``serve_actions`` in a configuration.
 
     Raises:
-        ConfigError: for an unknown option.
+        ConfigError: for an unknown option, or anything but options.
     """
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"actions is {options!r:.80}; it must be options by name, such as {{kv_bits: [16, 8]}}")
     allowed = set(inspect.signature(serve_actions).parameters) - {"model", "workspace_bytes"}
     for option in options:
         if option not in allowed:

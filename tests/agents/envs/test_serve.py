@@ -280,7 +280,7 @@ def test_the_table_of_plans_combines_every_level() -> None:
     assert actions.plans[0] == dense_plan(model)
     assert actions.levels[0] == (0.0, 0.0, 0.0)
     assert actions.levels[-1] == (1.0, 1.0, 1.0)
-    with pytest.raises(ConfigError, match=r"from 0 to 1, the blocks of actions\.order"):
+    with pytest.raises(ConfigError, match=r"from 0 to 1, the length of actions\.order"):
         serve_actions(model, order=["MHA1"], drops=(2,))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -99,3 +100,18 @@ def test_numbers_out_of_range_and_a_server_without_prices_are_refused() -> None:
         hidden_cache(SERVED, calm=1.0)
     with pytest.raises(ConfigError, match="needs a server with a calibration"):
         apt_serve(SERVED)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calm": 1.0}, "policy.calm is 1.0; it must be a finite number from 0 to below 1"),
+        ({"calm": "abc"}, "policy.calm is 'abc'"),
+        ({"wait_s": math.nan}, "policy.wait_s is nan; it must be a finite number of seconds above 0"),
+        ({"smoothing": None}, "policy.smoothing is None; it must be a finite number above 0, at most 1"),
+        ({"hysteresis": math.inf}, "policy.hysteresis is inf; it must be a finite number from 0 on"),
+    ],
+)
+def test_numbers_of_pressure_are_refused_one_by_one(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        hidden_cache(PolicyContext.of(SERVER), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -168,7 +169,17 @@ def test_the_conf_file_builds_it_for_a_replay() -> None:
 def test_without_a_model_of_the_server_or_with_numbers_out_of_range_it_says_so(server: ServerSpec) -> None:
     with pytest.raises(ConfigError, match="model of the server"):
         lookahead(PolicyContext(model=TINY), actions={})
-    for wrong in ({"horizon_s": 0.0}, {"margin": -1.0}, {"factors": []}, {"factors": [0.0]}):
+    for wrong in (
+        {"horizon_s": 0.0},
+        {"horizon_s": math.nan},  # a trial that never ends
+        {"horizon_s": math.inf},
+        {"margin": -1.0},
+        {"margin": math.nan},
+        {"factors": []},
+        {"factors": [0.0]},
+        {"factors": [math.nan]},
+        {"grace_s": "long"},
+    ):
         with pytest.raises(ConfigError, match=r"policy\.horizon_s"):
             policy_on(server, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"policy\.tpot_s is 0\.0; it must be above 0"):

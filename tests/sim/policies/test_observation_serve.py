@@ -323,7 +323,7 @@ def test_a_table_may_have_narrower_ffn_blocks() -> None:
         ({"kv_compression": {"method": "think", "percent": 90}}, "it must be a list"),
         ({"kv_bits": ["hidden"], "kv_compression": [{"method": "think", "percent": 90}]}, "add null to kv_compression"),
         ({"kv_bits": [16, "hidden"], "kv_compression": [{"method": "think", "percent": 90}]}, "or leave hidden out"),
-        ({"drops": ["a"]}, r"actions.drops is \['a'\]; the entries must be whole numbers from 0 to 1, the blocks of"),
+        ({"drops": ["a"]}, r"actions.drops is \['a'\]; the entries must be whole numbers from 0 to 1, the length of"),
         ({"drops": [2]}, "from 0 to 1"),
         ({"low_layers": [None]}, r"actions.low_layers is \[None\]; .* from 0 to 32, the layers of llama2_7b"),
         ({"low_layers": [64]}, "from 0 to 32"),
@@ -337,6 +337,7 @@ def test_a_table_may_have_narrower_ffn_blocks() -> None:
         ({"dwell_s": math.nan}, "actions.dwell_s is nan; it must be a finite number of seconds from 0 on"),
         ({"dwell_s": math.inf}, "actions.dwell_s is inf"),
         ({"dwell_s": "long"}, "actions.dwell_s is 'long'"),
+        ({"order": [3]}, "3 is not a block; write blocks as MHA0"),
         ({"kvbits": [8]}, "actions has no option 'kvbits'; did you mean 'kv_bits'"),
         ({"workspace_bytes": 5}, "actions has no option 'workspace_bytes'"),
     ],
@@ -344,6 +345,12 @@ def test_a_table_may_have_narrower_ffn_blocks() -> None:
 def test_a_table_is_refused_in_a_sentence_that_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, PlanError), match=message):
         actions_from(MODEL, {"order": ["MHA25"], **options}, 0)
+
+
+def test_actions_that_are_no_options_are_refused() -> None:
+    for wrong in (None, [16], 3):
+        with pytest.raises(ConfigError, match="it must be options by name"):
+            actions_from(MODEL, wrong, 0)  # type: ignore[arg-type]
 
 
 def test_streamed_layers_and_bits_of_kv_are_observed_last_where_plans_differ_in_them() -> None:
