@@ -26,7 +26,7 @@ from sim.engine.steady_decode import steady_decode_s
 from sim.errors import BudgetError
 from sim.policies.base import PolicyContext
 from sim.policies.least_loss import least_loss
-from sim.policies.observation.serve import HIDDEN, serve_actions
+from sim.policies.observation.serve import HIDDEN, LEFT_ALONE, serve_actions
 from sim.policies.orders import own_order
 from sim.results.metrics import met_slo
 from sim.results.utility import utility
@@ -134,7 +134,7 @@ def combined(
     return rows
 
 
-UNUSED = ("FFN 8/8", "drop 0", "W4 0", "queue any", "KV16", "KV whole", "streamed 0")
+UNUSED = (*LEFT_ALONE, "drop 0", "W4 0", "queue any")
 """What a name says of knobs that are left alone."""
 
 

@@ -17,6 +17,7 @@ from agents.envs.roles import RolesSetting
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import source_trace
 from agents.registration import ENVIRONMENTS
+from agents.training.demonstrations import imitated_plan
 from agents.training.episodes import FILE, read_recorded
 from sim.errors import ConfigError, RapLabError, nearest
 from sim.paths import REPOSITORY
@@ -261,9 +262,8 @@ def _check_files(values: Mapping[str, Any], setting: Setting) -> None:
             shape = setting.observation_space.shape
             assert shape is not None
             read_recorded(REPOSITORY / node["data"] / FILE, shape, int(setting.action_space.n))
-    if "plan" in imitate and isinstance(setting, ServeSetting) and imitate["plan"] not in setting.actions.names:
-        names = setting.actions.names
-        raise ConfigError(f"imitate.plan: there is no {imitate['plan']!r}; {nearest(imitate['plan'], names)}")
+    if "plan" in imitate and isinstance(setting, ServeSetting):
+        imitated_plan(setting.actions, imitate["plan"])
     if "path" in imitate and "temperature" in imitate:
         path = imitate["path"]
         network = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace").network

@@ -16,7 +16,8 @@ from agents.envs.prune_loads import prune_loads
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.roles_vector import ServeRolesVector
 from agents.envs.serve_vector import ServeTraceVector
-from sim.errors import ConfigError, nearest
+from sim.errors import ConfigError
+from sim.policies.observation.serve import ServeActions
 from sim.types import Floats32
 
 # Shapes: n rows, o entries of an observation, a actions.
@@ -57,6 +58,18 @@ def knapsack_demonstrations(
     return np.concatenate(observations), np.concatenate(targets), np.concatenate(returns[::-1])
 
 
+def imitated_plan(actions: ServeActions, name: str) -> int:
+    """Return the number of the plan that ``imitate.plan`` names.
+
+    Raises:
+        ConfigError: if the table does not have it.
+    """
+    try:
+        return actions.named(name)
+    except ConfigError as error:
+        raise ConfigError(f"imitate.plan: {error}; '~imitate' starts without one") from error
+
+
 def plan_demonstrations(
     env_kwargs: Mapping[str, Any], *, seed: int, plan: str, share: float, windows: int
 ) -> tuple[Floats32, Floats32]:
@@ -69,10 +82,7 @@ def plan_demonstrations(
         ConfigError: for a plan that the table does not have.
     """
     vector = ServeTraceVector(windows, **env_kwargs)
-    names = vector.setting.actions.names
-    if plan not in names:
-        raise ConfigError(f"imitate.plan: there is no {plan!r}; {nearest(plan, names)}")
-    chosen, features = names.index(plan), vector.setting.table.features
+    chosen, features = imitated_plan(vector.setting.actions, plan), vector.setting.table.features
     rng = np.random.default_rng(seed)
     observed, _ = vector.reset(seed=seed)
     observations, targets = [], []

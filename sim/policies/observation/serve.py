@@ -48,6 +48,8 @@ from sim.types import Bools, Floats, Floats32, Ints
 # --- Actions ---------------------------------------------------------------------------------------------------------
 
 
+LEFT_ALONE = ("KV16", "products at 16", "KV only 0", "KV whole", "streamed 0", "FFN 8/8")
+"""What a name says of knobs that a plan leaves alone."""
 HIDDEN = "hidden"
 """In a list of ``kv_bits``: hidden states in place of keys and values."""
 
@@ -105,6 +107,18 @@ class ServeActions:
     def limits(self) -> int:
         """The number of choices that need no copy; action = weights x limits + limit."""
         return len(self.plans) // (self.groups[-1] + 1)
+
+    def named(self, name: str) -> int:
+        """Return the number of a plan by its name; knobs that it leaves alone may be left out of the name.
+
+        Raises:
+            ConfigError: if there is no such plan.
+        """
+        for number, full in enumerate(self.names):
+            rest = full[len(name) :].split(", ")[1:]
+            if full == name or (full.startswith(f"{name}, ") and set(rest) <= set(LEFT_ALONE)):
+                return number
+        raise ConfigError(f"there is no plan {name!r} in the table; {nearest(name, self.names)}")
 
     def legal(self, state: EngineState, choice: Choice) -> Bools:
         """Return which plans are legal now, bool[plans]: their weights fit the budget, and the dwell time allows them.

@@ -91,7 +91,10 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
         (["experiment=dqn_prune", "algorithm.tau=0"], "algorithm.tau is 0; it must be a number above 0, at most 1"),
         (["experiment=dqn_prune", "algorithm.batch=200000"], "buffer_steps is only 100000"),
         (["experiment=ppo_serve", "imitate.share=0"], "imitate.share is 0"),
-        (["experiment=ppo_serve", "imitate.plan=drop everything"], "imitate.plan: there is no 'drop everything'"),
+        (
+            ["experiment=ppo_serve", "imitate.plan=drop everything"],
+            "imitate.plan: there is no plan 'drop everything'",
+        ),
         (["experiment=ppo_serve", "env.kwargs.tick_s=soon"], "tick_s|do not fit"),
         (["experiment=ppo_serve", "env.kwargs.sources=[bust]"], "did you mean 'burst'"),
         (["experiment=finetune_serve", BURST, "imitate.path=nowhere"], "no learned policy 'nowhere'"),

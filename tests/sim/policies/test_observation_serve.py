@@ -264,6 +264,14 @@ def test_a_table_may_have_products_at_fewer_bits_and_prompts_that_only_write_kv(
         serve_actions(MODEL, kv_only=(33,))
 
 
+def test_a_plan_is_found_by_its_name_without_the_knobs_that_it_leaves_alone() -> None:
+    assert [MORE.named(name) for name in MORE.names] == list(range(len(MORE.names)))
+    assert MORE.names[MORE.named("drop 0, W4 32, queue any, wait 0.9 s")].endswith("wait 0.9 s, KV16, streamed 0")
+    for unknown in ("drop 0, W4 32, queue any", "drop 0, W4 32, queue any, wait 0.9", ""):
+        with pytest.raises(ConfigError, match="there is no plan"):
+            MORE.named(unknown)
+
+
 def test_a_table_may_have_compressed_kv() -> None:
     way = {"method": "ada_kv", "percent": 70}
     made = serve_actions(MODEL, waits=(0.5, 0.9), kv_bits=(16, 8), kv_compression=(None, way))
