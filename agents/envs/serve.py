@@ -192,7 +192,7 @@ class ServeSetting:
         """Return the NLL of a plan in nats per token; computed once for all plans that differ in limits alone."""
         runs = (
             *(plan.decode, plan.prefill, plan.weight_bits, plan.compute_bits),
-            *(plan.kv_keep, plan.kv_bits, plan.kv_only, plan.kv_compression),
+            *(plan.kv_keep, plan.kv_bits, plan.kv_only, plan.kv_compression, plan.ffn_width),
         )
         found = self._nll.get(runs)
         if found is None:
@@ -339,8 +339,8 @@ def _check_known(actions: ServeActions, nll: Callable[[Plan], float], quality: s
             raise ConfigError(f"actions: {name}: {error}") from error
         if not known:
             raise ConfigError(
-                f"actions: quality={quality} does not know what the plan {name} loses; take kv_bits, compute_bits "
-                "and kv_only out of actions, or a table that has them, such as llama2_7b_transferred"
+                f"actions: quality={quality} does not know what the plan {name} loses; take kv_bits, compute_bits, "
+                "kv_only and kv_compression out of actions, or a table that has them, such as smollm2_135m"
             )
 
 

@@ -5,14 +5,20 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     dropped blocks   the first n blocks of the model's order (RAP, BlockPruner)
     W4               the first n layers at 4 bits (MorphServe)
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
+    FFN width        n eighths of the channels of all FFN blocks run (AmoebaLLM)
+    hidden states    in place of keys and values, which decodes compute again (Apt-Serve; only models without GQA)
+    compressed KV    n percent of the bytes of a prompt's KV stay (Ada-KV, or ThinK where that loses less)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
 
 ``Plan.compute_bits`` is none of them: it saves time and frees no byte (``python -m sim.compare
 experiment=compute_bits``).
 
-Two tables. **At equal bytes**: for a number of bytes, the first step of each knob that frees at least as many, what it
-loses, and how long a decode iteration takes, by formula. **By load**: requests are served with each step, which never
-changes, under a constant budget; of each knob the best step on validation windows is reported on test windows.
+Three tables. **At equal bytes**: for a number of bytes, the first step of each knob that frees at least as many, what
+it loses, and how long a decode iteration takes, by formula. **All knobs together**: the combination that loses least
+while it frees as many bytes and its iterations take no longer than a bound (``agents.evaluation.knob_search``). **By
+load**: requests are served with each step, which never changes, under a constant budget; of each knob, and of all, the
+best step on validation windows is reported on test windows, next to ``policy=least_loss``, which chooses among all
+combinations at every decision.
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,15 +39,18 @@ from agents.envs.prune_loads import Split
 from agents.envs.reward import kept_quality
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import Window
+from agents.evaluation.knob_search import adapting, combined
 from agents.evaluation.knobs_page import by_load_table, equal_bytes_table, page, plot_steps
 from sim.config import one_thread, run_command
+from sim.cost.ffn_width import FFN_WIDTHS
+from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import WEIGHT_BITS, Plan, dense_plan, drop, with_mask
-from sim.cost.streaming import LEAST_STREAMED, even_layers, steady_pass_s
+from sim.cost.plan import KVCompression, Plan, dense_plan, drop, with_mask
+from sim.cost.streaming import LEAST_STREAMED, even_layers
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.server_spec import ServerSpec, named_quality
-from sim.engine.transition import resident_of
+from sim.engine.steady_decode import steady_decode_s
 from sim.errors import BudgetError, ConfigError
 from sim.paths import results_folder
 from sim.policies.orders import own_order
@@ -53,6 +63,17 @@ Loss = Callable[[Plan], float]
 """Returns the nats per token that a plan costs."""
 DENSE = "dense"
 STREAMED = "streamed"
+NARROW = "FFN width"
+HIDDEN = "hidden states"
+COMPRESSED = "compressed KV"
+ANY = "any one plan"
+"""The best of all steps but those that stream."""
+ADAPTING = "least loss, adapting"
+TPOT_SHARES = (0.5, 0.8)
+HEADROOMS = (1.1, 3.0)
+"""Settings of ``policy=least_loss``: the bound of a decode iteration, in shares of the target per token; and how many
+times the present KV has to fit, as requests keep the bits of KV with which they began."""
+PERCENTS = (90, 80, 70, 60, 50, 40, 30)
 WAIT_S = 1.5
 """Longest wait for admission in every plan (SABER): without it an overloaded server meets no SLO, whatever it frees."""
 
@@ -75,7 +96,7 @@ class KnobsConfig:
     links: dict[str, float] = field(default_factory=dict)
     batches: list[int] = field(default_factory=lambda: [8, 32, 128])
     context_tokens: int = 512
-    freed_gb: list[float] = field(default_factory=lambda: [2.0, 4.0])
+    freed_gb: list[float] = field(default_factory=lambda: [2.0, 4.0, 8.0])
     shares: list[float] = field(default_factory=lambda: [1.781, 1.484, 1.187, 0.890])
     loads: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
     sources: list[str] = field(default_factory=lambda: ["burst", "azure_conv", "azure_code", "gamma", "mmpp"])
@@ -123,6 +144,22 @@ def streaming(model: ModelSpec, count: int) -> Plan:
     return replace(dense_plan(model), streamed=tuple(layer in layers for layer in range(model.num_layers)))
 
 
+def narrow(model: ModelSpec, width: int) -> Plan:
+    """Return the plan that runs this many eighths of the channels of every FFN block."""
+    return replace(dense_plan(model), ffn_width=(width,) * model.num_layers)
+
+
+def keeping_hidden(model: ModelSpec) -> Plan:
+    """Return the plan that keeps hidden states in place of KV."""
+    return replace(dense_plan(model), kv_hidden=True)
+
+
+def compressing(model: ModelSpec, percent: int) -> Plan:
+    """Return the plan that keeps this percent of a prompt's KV bytes, by the method that loses less on SmolLM2-135M."""
+    method = "think" if percent >= 80 else "ada_kv"
+    return replace(dense_plan(model), kv_compression=KVCompression(method=method, percent=percent))
+
+
 def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
     """Return every step of every knob, in ascending order, for the table at equal bytes."""
     layers = range(1, model.num_layers + 1)
@@ -135,6 +172,11 @@ def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
         "KV bits": [
             Step(knob="KV bits", amount=f"4 bits in {n}, 8 in {model.num_layers - n} layers", plan=low_kv(model, n))
             for n in (0, *layers)
+        ],
+        NARROW: [Step(knob=NARROW, amount=f"{width}/8", plan=narrow(model, width)) for width in FFN_WIDTHS[1:]],
+        HIDDEN: [Step(knob=HIDDEN, amount="all layers", plan=keeping_hidden(model))] if model.hidden_halves_kv else [],
+        COMPRESSED: [
+            Step(knob=COMPRESSED, amount=f"{percent} %", plan=compressing(model, percent)) for percent in PERCENTS
         ],
         STREAMED: [
             Step(knob=STREAMED, amount=f"{n} layers", plan=streaming(model, n)) for n in layers[LEAST_STREAMED - 1 :]
@@ -155,6 +197,8 @@ def served_steps(model: ModelSpec) -> list[Step]:
     steps += [every["dropped blocks"][n - 1] for n in blocks]
     steps += [every["W4"][n - 1] for n in (quarter, 2 * quarter, 3 * quarter, total)]
     steps += [every["KV bits"][n] for n in (0, total // 2, total)]
+    steps += every[NARROW] + every[HIDDEN]
+    steps += [every[COMPRESSED][PERCENTS.index(percent)] for percent in (90, 70, 50, 30)]
     counts = [n for n in (4, 6, 8, 12, 16, 24, total) if LEAST_STREAMED <= n <= total]
     steps += [every[STREAMED][n - LEAST_STREAMED] for n in sorted(set(counts))]
     for n, bits in ((0, "8 bits"), (total, "4 bits")):
@@ -172,44 +216,11 @@ def served_steps(model: ModelSpec) -> list[Step]:
 # --- By formula ------------------------------------------------------------------------------------------------------
 
 
-def freed_bytes(model: ModelSpec, plan: Plan, kv_tokens: int) -> int:
-    """Return the bytes that a plan frees: of the dense model's weights, and of the KV of ``kv_tokens`` tokens."""
+def freed_bytes(model: ModelSpec, plan: Plan, requests: int, context_tokens: int) -> int:
+    """Return the bytes that a plan frees: of the dense model's weights, and of the KV of requests with such prompts."""
     dense = dense_plan(model)
-    kept = sum(
-        model.kv_bytes_per_token_layer if bits == 16 else model.kv_bytes_per_token_layer_at(bits)
-        for bits, runs in zip(plan.kv_bits, plan.decode.mha, strict=True)
-        if runs
-    )
-    kv_bytes = kv_tokens * (model.num_layers * model.kv_bytes_per_token_layer - kept)
-    return weight_bytes(model, dense) - weight_bytes(model, plan) + kv_bytes
-
-
-def decode_s(server: ServerSpec, plan: Plan, batch: int, context_tokens: int) -> float:
-    """Return the seconds of a decode iteration that recurs: of every decode's next token."""
-    model, latency, link = server.model, server.priced(), server.copying()
-    full = model.kv_bytes_per_token_layer
-    rows = []
-    for layer in range(model.num_layers):
-        bits = plan.kv_bits[layer]
-        size = full if bits == 16 else model.kv_bytes_per_token_layer_at(bits)
-        decodes = batch * plan.decode.mha[layer]
-        read = decodes * context_tokens * size // full
-        rows.append(
-            (1, WEIGHT_BITS.index(plan.product_bits[layer]), 0, 0, decodes, read, batch * plan.decode.ffn[layer], 0)
-        )
-    compute_s = latency.layered_iteration_s(np.array(rows, dtype=np.int64), batch, batch)
-    if not any(plan.streamed):
-        return compute_s
-    resident = resident_of(plan)
-    return steady_pass_s(
-        resident.layer_bytes(model),
-        resident.blocks(),
-        resident.streamed,
-        compute_s,
-        link.host_to_device_bytes_per_s,
-        link.layer_s,
-        link.slowdown,
-    )
+    kv = requests * (stored_kv_bytes(model, dense, context_tokens) - stored_kv_bytes(model, plan, context_tokens))
+    return weight_bytes(model, dense) - weight_bytes(model, plan) + kv
 
 
 def at_equal_bytes(
@@ -226,19 +237,19 @@ def at_equal_bytes(
     """
     rows = []
     for batch in batches:
-        dense_s = decode_s(server, dense_plan(server.model), batch, context_tokens)
+        dense_s = steady_decode_s(server, dense_plan(server.model), batch, context_tokens)
         for knob, steps in all_steps(server.model).items():
             for step in steps:
                 for name, speed in links.items() if knob == STREAMED else [("", None)]:
                     here = server if speed is None else with_link(server, speed)
-                    seconds = decode_s(here, step.plan, batch, context_tokens)
+                    seconds = steady_decode_s(here, step.plan, batch, context_tokens)
                     rows.append(
                         {
                             "knob": knob,
                             "amount": step.amount,
                             "link": name,
                             "batch": batch,
-                            "freed_bytes": freed_bytes(server.model, step.plan, batch * context_tokens),
+                            "freed_bytes": freed_bytes(server.model, step.plan, batch, context_tokens),
                             "loss_nats": {quality: nats(step.plan) for quality, nats in loss.items()},
                             "decode_s": seconds,
                             "times_dense": seconds / dense_s,
@@ -303,16 +314,19 @@ def best_steps(
     """
     found: dict[str, dict[str, Any]] = {}
     for (link, number), utility in validation.items():
-        label = f"{steps[number].knob}, {link}" if link else steps[number].knob
-        mean = float(utility.mean())
-        if label not in found or mean > found[label]["validation"]:
-            found[label] = {
-                "step": steps[number].amount,
-                "validation": mean,
-                "by_window": test[link, number].tolist(),
-                "utility": float(test[link, number].mean()),
-            }
+        step = steps[number]
+        chosen = {"validation": float(utility.mean()), "by_window": test[link, number].tolist()}
+        chosen["utility"] = float(test[link, number].mean())
+        _keep_better(found, f"{step.knob}, {link}" if link else step.knob, chosen | {"step": step.amount})
+        if not link and step.knob != ADAPTING:
+            named = step.knob if step.knob == DENSE else f"{step.knob}: {step.amount}"
+            _keep_better(found, ANY, chosen | {"step": named})
     return found
+
+
+def _keep_better(found: dict[str, dict[str, Any]], label: str, chosen: dict[str, Any]) -> None:
+    if label not in found or chosen["validation"] > found[label]["validation"]:
+        found[label] = chosen
 
 
 def by_load(cfg: DictConfig, setting: ServeSetting, loss: Mapping[str, Loss]) -> list[dict[str, Any]]:
@@ -320,11 +334,26 @@ def by_load(cfg: DictConfig, setting: ServeSetting, loss: Mapping[str, Loss]) ->
     steps = served_steps(setting.model)
     dense_bytes = weight_bytes(setting.model, dense_plan(setting.model))
     graph = PlanGraph(setting.model)
+    target_s = setting.slo.tpot_s
+    bounds = [
+        (share * target_s, headroom, hidden)
+        for share, headroom, hidden in product(TPOT_SHARES, HEADROOMS, (False, True))
+        if target_s is not None
+    ]
+    adapting_steps = [
+        Step(
+            knob=ADAPTING,
+            amount=f"{1e3 * tpot_s:g} ms, {headroom:g} times the KV" + ", hidden states too" * hidden,
+            plan=dense_plan(setting.model),
+        )
+        for tpot_s, headroom, hidden in bounds
+    ]
+    graphs = {quality: PlanGraph(setting.model, nats) for quality, nats in loss.items()}
     kept = {
         quality: [float(kept_quality(np.array(nats(step.plan)))) for step in steps] for quality, nats in loss.items()
     }
     rows = []
-    done, total = 0, len(cfg.shares) * len(cfg.loads) * len(steps)
+    done, total = 0, len(cfg.shares) * len(cfg.loads) * (len(steps) + len(loss))
     with progress("serving", total, "steps") as report:
         for share in cfg.shares:
             budget = round(share * dense_bytes)
@@ -348,13 +377,28 @@ def by_load(cfg: DictConfig, setting: ServeSetting, loss: Mapping[str, Loss]) ->
                         split: {key: values * factors[key[1]] for key, values in found.items()}
                         for split, found in played.items()
                     }
+                    for number, (tpot_s, headroom, hidden) in enumerate(bounds, start=len(steps)):
+                        for split, windows in chosen.items():
+                            worth[split]["", number] = adapting(
+                                setting,
+                                loss[quality],
+                                tpot_s,
+                                headroom,
+                                hidden,
+                                budget,
+                                windows,
+                                graphs[quality],
+                                WAIT_S,
+                            )
+                    done += 1
+                    report(done)
                     rows.append(
                         {
                             "quality": quality,
                             "budget_bytes": budget,
                             "load": load,
                             "windows": {split: len(windows) for split, windows in chosen.items()},
-                            "knobs": best_steps(worth["validation"], worth["test"], steps),
+                            "knobs": best_steps(worth["validation"], worth["test"], [*steps, *adapting_steps]),
                         }
                     )
     return rows
@@ -376,7 +420,7 @@ def play(cfg: DictConfig) -> dict[str, Any]:
     for name in cfg.qualities:
         quality = named_quality(name)
         dense_nll = quality.nll(dense_plan(setting.model))  # an error where the table is for a model of other layers
-        loss[name] = partial(_loss, quality.nll, dense_nll)
+        loss[name] = lru_cache(maxsize=None)(partial(_loss, quality.nll, dense_nll))
     links = {str(name): float(speed) for name, speed in cfg.links.items()}
     equal = at_equal_bytes(setting.server, links, loss, list(cfg.batches), int(cfg.context_tokens))
     return {
@@ -389,6 +433,13 @@ def play(cfg: DictConfig) -> dict[str, Any]:
         "context_tokens": int(cfg.context_tokens),
         "freed_gb": [float(x) for x in cfg.freed_gb],
         "equal_bytes": equal,
+        "combined": combined(
+            {name: with_link(setting.server, speed) for name, speed in links.items()},
+            loss,
+            list(cfg.batches),
+            int(cfg.context_tokens),
+            list(cfg.freed_gb),
+        ),
         "by_load": by_load(cfg, setting, loss),
     }
 

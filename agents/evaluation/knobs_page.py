@@ -64,28 +64,65 @@ def cells_of(figures: Mapping[str, Any], quality: str) -> list[Mapping[str, Any]
 
 
 def by_load_table(figures: Mapping[str, Any], quality: str) -> str:
-    """Return the table of utilities by budget and load."""
-    rows = []
-    for cell in cells_of(figures, quality):
-        knobs = cell["knobs"]
-        best = max(knobs, key=lambda label: knobs[label]["utility"])
-        where = {"budget (GB)": cell["budget_bytes"] / GB, "load": cell["load"]}
-        rows.append({**where, **{label: knobs[label]["utility"] for label in knobs}, "best": best})
-    knobs = cells_of(figures, quality)[0]["knobs"]
-    return table(rows, {"budget (GB)": ".1f", "load": "g"} | dict.fromkeys(knobs, ".3f"), left=2)
+    """Return the table of utilities: a row for each knob, a column for each budget and load; the best is bold."""
+    cells = cells_of(figures, quality)
+    best = [max(found["utility"] for found in cell["knobs"].values()) for cell in cells]
+    return table(
+        [
+            {"knob": label}
+            | {
+                _where(cell): ("**{:.3f}**" if cell["knobs"][label]["utility"] == top else "{:.3f}").format(
+                    cell["knobs"][label]["utility"]
+                )
+                for cell, top in zip(cells, best, strict=True)
+            }
+            for label in cells[0]["knobs"]
+        ],
+        {},
+    )
+
+
+def _where(cell: Mapping[str, Any]) -> str:
+    return f"{cell['budget_bytes'] / GB:.0f} GB, {cell['load']:g}"
 
 
 def steps_table(figures: Mapping[str, Any], quality: str) -> str:
-    """Return the table of the steps that validation windows chose."""
+    """Return the table of the steps that validation windows chose, a row for each budget and load."""
     return table(
         [
-            {"budget (GB)": cell["budget_bytes"] / GB, "load": cell["load"]}
+            {"budget, load": _where(cell)}
             | {label: found["step"] for label, found in cell["knobs"].items() if label != DENSE}
             for cell in cells_of(figures, quality)
         ],
-        {"budget (GB)": ".1f", "load": "g"},
-        left=2,
+        {},
     )
+
+
+def combined_table(figures: Mapping[str, Any]) -> str:
+    """Return the table of the combinations that lose least under both bounds; links with the same ones share a row."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    order = sorted(figures["combined"], key=lambda row: (row["batch"], row["freed_gb"], row["times_dense"]))
+    for row in order:
+        plans = tuple(None if best is None else best["plan"] for best in row["best"].values())
+        key = row["batch"], row["freed_gb"], row["times_dense"], plans
+        rows.setdefault(key, []).append(row["link"])
+        found.setdefault(key, row)
+    return table(
+        [_combined_row(found[key], links, figures) for key, links in rows.items()], {"frees (GB)": "g"}, left=4
+    )
+
+
+def _combined_row(row: Mapping[str, Any], links: Sequence[str], figures: Mapping[str, Any]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"decodes": row["batch"], "frees (GB)": row["freed_gb"]}
+    cells["at most times dense"] = f"{row['times_dense']:g}"
+    cells["link"] = "any" if len(links) == len(figures["links"]) else ", ".join(links)
+    for quality, best in row["best"].items():
+        name = _short(quality)
+        cells[f"best, {name}"] = "none" if best is None else best["plan"]
+        cells[f"loss, {name}"] = "-" if best is None else f"{best['loss_nats']:.3f}"
+        cells[f"times dense, {name}"] = "-" if best is None else f"{best['times_dense']:.2f}"
+    return cells
 
 
 def difference(cell: Mapping[str, Any], label: str, other: str) -> tuple[float, float]:
@@ -134,6 +171,8 @@ def page(figures: Mapping[str, Any]) -> str:
         equal_bytes=equal_bytes_table(figures),
         qualities=qualities,
         by_load={name: by_load_table(figures, name) for name in qualities},
+        combined=combined_table(figures),
+        plans=figures["combined"][0]["plans"],
         steps=steps_table(figures, qualities[0]),
         against_dropping={name: against_dropping(figures, name) for name in qualities},
         wins={name: wins(figures, name) for name in qualities},
@@ -161,7 +200,7 @@ def plot_steps(path: Path, figures: Mapping[str, Any], batch: int | None = None)
         for rank, label in enumerate(labels(figures), start=1):
             rows = [row for row in figures["equal_bytes"] if row["batch"] == batch and label_of(row) == label]
             freed = [row["freed_bytes"] / GB for row in rows]
-            style = {**line_style(rank), "label": label}
+            style = {**line_style(rank), "label": label} | ({"marker": "o"} if len(rows) == 1 else {})
             left.plot(freed, [row["loss_nats"][quality] for row in rows], **style)
             right.plot(freed, [row["times_dense"] for row in rows], **style)
         left.set_ylabel("loss [nats per token]")

@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        check_stored_kv(plan)
+        refuse_simulated(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -406,14 +406,20 @@ class ElasticModel:
         return weights
 
 
-def check_stored_kv(plan: Plan, *, hidden: bool | None = None) -> None:
-    """Check that the real engine can store what a plan keeps of a prompt.
+def refuse_simulated(plan: Plan, *, hidden: bool | None = None) -> None:
+    """Check that a plan has nothing that is simulated only: cut FFN blocks, compressed KV, a change to hidden states.
 
     Args:
         hidden: whether an engine stores hidden states in place of keys and values; None: that of the plan.
     Raises:
-        PlanError: for compressed KV, and for a plan that keeps the other of the two.
+        PlanError: if it has, or keeps the other of the two.
     """
+    if plan.cuts_ffn:
+        raise PlanError(
+            f"the real engine cannot run FFN blocks at fewer channels ({describe(plan)!r}): it stores their channels "
+            "in the order of the checkpoint; drop FFN blocks, or simulate the plan (python -m hw.score kind=width "
+            "measures its loss)"
+        )
     if plan.kv_compression is not None:
         raise PlanError(
             f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "
@@ -422,9 +428,9 @@ def check_stored_kv(plan: Plan, *, hidden: bool | None = None) -> None:
         )
     if hidden is not None and plan.kv_hidden != hidden:
         raise PlanError(
-            f"the real engine started with kv_hidden={str(hidden).lower()}, and cannot serve with "
-            f"kv_hidden={str(plan.kv_hidden).lower()} later, as neither hidden states nor keys and values can be made "
-            "from what it has stored; use policy=fixed with either, or simulate a policy that chooses"
+            f"the real engine starts with kv_hidden={str(hidden).lower()}, and cannot serve with "
+            f"kv_hidden={str(plan.kv_hidden).lower()} later: it stores hidden states from the first token of a prompt "
+            "on, or never; use policy=fixed with either, or simulate a policy that chooses"
         )
 
 

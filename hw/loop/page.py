@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hw.loop.predictions import predicted_utility
 from hw.validate.machine_speed import said_factors
 from sim.pages.render import render, table
 from sim.results.plots import COLORS, figure_file
@@ -60,7 +61,8 @@ def _speed(speed: Mapping[str, Any]) -> str:
 
 def _policies_table(content: Mapping[str, Any]) -> str:
     """Return the means of each policy over windows, simulated and real."""
-    simulated, real = content["predictions"]["outcomes"], content["real"]
+    predictions, real = content["predictions"], content["real"]
+    simulated = predictions["outcomes"]
     rows = []
     for policy in next(iter(real.values())):
         ours = [by[policy] for by in simulated.values()]
@@ -68,7 +70,7 @@ def _policies_table(content: Mapping[str, Any]) -> str:
         rows.append(
             {
                 "policy": policy,
-                "utility, simulated": float(np.mean([one["utility"] for one in ours])),
+                "utility, simulated": float(np.mean([predicted_utility(predictions, w, policy) for w in simulated])),
                 "utility, real": float(np.mean([one["utility"] for one in theirs])),
                 "SLO, simulated": float(np.mean([one["slo_attainment"] for one in ours])),
                 "SLO, real": float(np.mean([one["slo_attainment"] for one in theirs])),

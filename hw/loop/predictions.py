@@ -174,6 +174,16 @@ def at_run_speeds(cfg: DictConfig, slowdown: float, speeds: Sequence[float]) -> 
     return found
 
 
+def predicted_utility(predictions: Mapping[str, Any], window: str, policy: str) -> float:
+    """Return the utility that is predicted: the mean of those at the speeds of single reference runs.
+
+    One simulated replay is one draw (`at_run_speeds`), and a real one meets a machine that is now faster, now slower.
+    Where no other speeds were simulated it is the utility at the frozen speed.
+    """
+    at_speeds = (predictions.get("utility_at_run_speeds") or {}).get(window, {}).get(policy)
+    return float(np.mean(at_speeds)) if at_speeds else float(predictions["outcomes"][window][policy]["utility"])
+
+
 def factors_of(cfg: DictConfig, speed: MachineSpeed) -> MachineFactors:
     """Return by how much the machine of the reference runs differs from the calibration of a configuration."""
     return machine_factors(speed.references, _content(cfg), server_spec(cfg).model)

@@ -23,6 +23,7 @@ from hw.loop.predictions import (
     machine_of,
     note_judged,
     predict,
+    predicted_utility,
     priced_for,
     read_predictions,
 )
@@ -104,7 +105,7 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
     if not complete:
         raise ConfigError(f"{folder} has no repeat in which every window and policy was served; run without page=judge")
     windows, policies = list(outcomes), list(next(iter(outcomes.values())))
-    simulated = {p: np.array([predictions["outcomes"][w][p]["utility"] for w in windows]) for p in policies}
+    simulated = {p: np.array([predicted_utility(predictions, w, p) for w in windows]) for p in policies}
     real = {p: np.array([[outcomes[w][p][r]["utility"] for r in complete] for w in windows]) for p in policies}
     changes = {
         p: float(np.mean([outcomes[w][p][r]["changes_per_minute"] for w in windows for r in complete]))
@@ -188,11 +189,12 @@ def _show_predictions(predictions: Mapping[str, Any], console: Console) -> None:
     shown.add_column("window")
     for policy in policies:
         shown.add_column(policy, justify="right")
-    rows = {window: [by[p] for p in policies] for window, by in outcomes.items()}
-    for window, cells in rows.items():
+    utilities = {w: {p: predicted_utility(predictions, w, p) for p in policies} for w in outcomes}
+    for window, by in outcomes.items():
         named = f"{window}: {predictions['windows'][window]['requests']:.0f}"
-        shown.add_row(named, *(f"{c['utility']:.4f} ({c['changes_per_minute']:.0f})" for c in cells))
-    means = [float(np.mean([by[p]["utility"] for by in outcomes.values()])) for p in policies]
+        cells = (f"{utilities[window][p]:.4f} ({by[p]['changes_per_minute']:.0f})" for p in policies)
+        shown.add_row(named, *cells)
+    means = [float(np.mean([each[p] for each in utilities.values()])) for p in policies]
     shown.add_row("mean", *(f"{mean:.4f}" for mean in means))
     console.print(shown)
     console.print(f"predictions: SHA-256 {predictions['sha256']}", highlight=False)

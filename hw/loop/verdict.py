@@ -1,7 +1,8 @@
 """The claims of the loop, from utilities alone: arrays in, verdicts out.
 
 ``real[p]`` is float64[windows, repeats], the utilities of a policy's judged runs, ``simulated[p]`` float64[windows],
-those that were predicted. Repeat r of all policies is played in one batch, so two policies are compared run by run.
+those that were predicted (`hw.loop.predictions.predicted_utility`). Repeat r of all policies is played in one batch, so
+two policies are compared run by run.
 
 **Noise of a difference.** For two policies, ``d[w, r]`` is the difference of their utilities in window w and repeat r.
 The standard deviation s of one difference is pooled over windows: its square is the sum of the squares of

@@ -152,6 +152,19 @@ class CompressionConfig:
 
 
 @dataclass(kw_only=True)
+class WidthConfig:
+    """Settings of kind=width.
+
+    tokens: of calibration text that score channels. layers: numbers of layers that are cut, in ascending order.
+    mixed: plans whose layers have random widths, which only judge the predicted losses.
+    """
+
+    tokens: int = 8192
+    layers: list[int] = field(default_factory=lambda: [10, 20])
+    mixed: int = 4
+
+
+@dataclass(kw_only=True)
 class ScoreConfig:
     """The configuration of ``python -m hw.score``.
 
@@ -171,6 +184,7 @@ class ScoreConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     offline: OfflineConfig = field(default_factory=OfflineConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
+    width: WidthConfig = field(default_factory=WidthConfig)
     random_orders: int = 3
     full_plans: int | None = None
     out: str = ""

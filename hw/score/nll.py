@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -16,10 +16,14 @@ from hw.elastic.model import ElasticModel, Rope
 from hw.elastic.nested import half_of_16, has_half
 from hw.elastic.quantize import quantize
 from hw.elastic.quantized_kv import stored
+from hw.score.ffn_slices import FFNSlice, sliced
 from sim.cost.plan import KV_KEEP_ALL, KVKeep, Plan, dense_plan
 from sim.progress import progress
 
 # Shapes: n windows, t tokens of each, e hidden size, v vocabulary.
+
+Slices = Mapping[int, FFNSlice]
+"""The layers whose FFN blocks run only some channels; the others run all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +69,27 @@ def measure(elastic: ElasticModel, plan: Plan, windows: Tensor, *, prompt_tokens
 
 @torch.inference_mode()
 def measure_many(
-    elastic: ElasticModel, plans: Sequence[Plan], windows: Tensor, *, prompt_tokens: int | None = None
+    elastic: ElasticModel,
+    plans: Sequence[Plan],
+    windows: Tensor,
+    *,
+    prompt_tokens: int | None = None,
+    slices: Sequence[Slices] | None = None,
 ) -> list[Nll]:
-    """Return what ``measure`` returns for every plan, bit for bit; layers that plans have in common run once."""
+    """Return what ``measure`` returns for every plan, bit for bit; layers that plans have in common run once.
+
+    ``slices`` has the FFN blocks that each plan cuts; None cuts none. Plans have a slice in common if it is one object.
+    """
+    cuts: Sequence[Slices] = [{} for _ in plans] if slices is None else slices
+    assert len(cuts) == len(plans)
     assert elastic.plan == dense_plan(elastic.spec)
     assert not any(plan.kv_compression for plan in plans), "hw.score.kv_compression measures these"
+    assert not any(plan.cuts_ffn for plan in plans), "pass the slices of FFN blocks, as hw.score.width does"
     prompt = windows.shape[1] // 2 if prompt_tokens is None else prompt_tokens
     total, after = [0.0] * len(plans), [0.0] * len(plans)
     with progress("measuring", len(windows), "windows") as report:
         for number, window in enumerate(windows.to(elastic.device), start=1):
-            for members, hidden in _run(elastic, plans, window[None], prompt):
+            for members, hidden in _run(elastic, plans, cuts, window[None], prompt):
                 losses = token_nll(elastic, hidden, window[None])[0]
                 # Entry i predicts token i + 1.
                 every, after_prompt = float(losses.sum()), float(losses[prompt - 1 :].sum())
@@ -90,7 +105,7 @@ def measure_many(
 
 
 def _run(
-    elastic: ElasticModel, plans: Sequence[Plan], tokens: Tensor, prompt: int
+    elastic: ElasticModel, plans: Sequence[Plan], cuts: Sequence[Slices], tokens: Tensor, prompt: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield last hidden states [1, t, e], each with the indices of all plans that share it."""
     positions = torch.arange(tokens.shape[1], device=elastic.device)[None]
@@ -103,13 +118,12 @@ def _run(
         if layer == elastic.spec.num_layers:
             yield members, hidden
             continue
-        alike: dict[object, list[int]] = {}
+        alike: dict[tuple[object, FFNSlice | None], list[int]] = {}
         for index in members:
-            alike.setdefault(_of_layer(plans[index], layer), []).append(index)
-        waiting += [
-            (layer + 1, group, _run_layer(elastic, plans[group[0]], layer, hidden, rope, tokens, prompt))
-            for group in alike.values()
-        ]
+            alike.setdefault((_of_layer(plans[index], layer), cuts[index].get(layer)), []).append(index)
+        for (_, cut), group in alike.items():
+            after = _run_layer(elastic, plans[group[0]], layer, cut, hidden, rope, tokens, prompt)
+            waiting.append((layer + 1, group, after))
 
 
 def _of_layer(plan: Plan, layer: int) -> object:
@@ -131,6 +145,7 @@ def _run_layer(
     elastic: ElasticModel,
     plan: Plan,
     layer: int,
+    cut: FFNSlice | None,
     hidden: Tensor,
     rope: Rope,
     tokens: Tensor,
@@ -139,7 +154,8 @@ def _run_layer(
     """Return the hidden states after a layer that runs as the plan says, in prefill up to the prompt's end."""
     layers = range(elastic.spec.num_layers)
     bits = [plan.weight_bits[layer] if i == layer else 16 for i in layers]
-    with rounded(elastic, bits, [plan.nested[layer] and i == layer for i in layers]):
+    half = [plan.nested[layer] and i == layer for i in layers]
+    with rounded(elastic, bits, half), sliced(elastic, layer, cut):  # the rounded weights are cut
         if plan.prefill.mha[layer]:
             keep, kv_bits, decodes = plan.kv_keep[layer], plan.kv_bits[layer], plan.decode.mha[layer]
             view = _Kept(keep, kv_bits, tokens, prompt) if decodes and (keep != KV_KEEP_ALL or kv_bits < 16) else None

@@ -27,6 +27,8 @@ from hw.score.orders import (
 from hw.score.pop import score_pop
 from hw.score.pop_page import page as pop_page_of
 from hw.score.report import scores_page
+from hw.score.width import score_width
+from hw.score.width import write_page as write_width_page
 from sim.config import one_thread, run_command
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
@@ -46,6 +48,7 @@ MEASURED: dict[str, Callable[[Job], None]] = {
     "kv_bits": score_kv_bits,
     "pop": score_pop,
     "kv_compression": score_kv_compression,
+    "width": score_width,
     "full_test": score_full_test,
     "samples": score_samples,
     "generation": score_generation,
@@ -85,12 +88,18 @@ def compression_page(cfg: DictConfig) -> None:
     write_page(cfg.out, model_name(cfg))
 
 
+def width_page(cfg: DictConfig) -> None:
+    """Write the page and the picture of cut FFN blocks from the losses in conf/quality/ffn_width."""
+    write_width_page(cfg.out, model_name(cfg))
+
+
 FROM_FILES: dict[str, Callable[[DictConfig], None]] = {
     "fit": fit_table,
     "report": report,
     "offline_page": offline_page,
     "pop_page": pop_page,
     "kv_compression_page": compression_page,
+    "width_page": width_page,
 }
 """The kinds that only need files of the others."""
 

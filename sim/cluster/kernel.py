@@ -124,11 +124,12 @@ def prefill_token_s(s: Table) -> float:
     """Return the seconds per prompt token under the running plan, in a full batch with one chunk of a prompt."""
     tokens, tables = counters_of(s).max_batch_tokens, LatencyTables(latency_data_of(s), latency_layout_of(s))
     n = counters_of(s)
-    if n.kv_only > 0:
+    if n.kv_only > 0 or n.cuts_ffn:
         loads, layers, words = layer_loads_of(s), layers_of(s), residency_words_of(s)
         for layer in range(len(layers)):
             row, runs = loads[layer], 1 if _has(words, n.residency, layer) else 0
-            row[0], row[1], row[4], row[5], row[8] = 1, layers[layer].bits_index, 0, 0, 0
+            row[0], row[1], row[4], row[5] = 1, layers[layer].bits_index, 0, 0
+            row[8], row[9] = layers[layer].ffn_cut, 0
             if layers[layer].kv_only != 0:
                 row[2], row[3], row[7] = 0, 0, (tokens - 1) * runs
                 row[4], row[5], row[6] = runs, tokens * runs, layers[layer].prefill_ffn

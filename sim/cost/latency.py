@@ -56,6 +56,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sim.cost.bounds import Factors
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.gpu import TP_DEGREES, Gpu
 from sim.cost.latency_tables import (
     CURVE_HEAD,
@@ -65,6 +66,7 @@ from sim.cost.latency_tables import (
     FFN,
     FFN_BOTH,
     FP8_LINEAR,
+    LOAD_COLUMNS,
     MHA,
     MHA_BOTH,
     MOST_S,
@@ -115,7 +117,7 @@ def _prompt_load(chunks: Sequence[tuple[int, int]], ends: int) -> PromptLoad:
 
 
 def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum: int) -> Ints:
-    """Return int64[layers, 9], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
+    """Return int64[layers, 10], the rows of `layered_iteration_seconds` if all requests run all that the plan runs."""
     rows = []
     for layer, (bits, kv_only) in enumerate(zip(plan.product_bits, plan.kv_only, strict=True)):
         runs, decoding = plan.prefill.mha[layer], decodes * plan.decode.mha[layer]
@@ -128,7 +130,8 @@ def plan_rows(plan: Plan, prompts: PromptLoad, decodes: int, decode_context_sum:
         else:
             attention = prompts.tokens * runs, prompts.context_sum * runs, decoding, context_sum
         writing = (prompts.tokens - prompts.ends) * runs if kv_only else 0
-        rows.append((1, WEIGHT_BITS.index(bits), *attention, feeding, writing, 0))
+        cut = FULL_WIDTH - plan.ffn_width[layer]
+        rows.append((1, WEIGHT_BITS.index(bits), *attention, feeding, writing, cut, 0))
     return np.array(rows, dtype=np.int64)
 
 
@@ -262,7 +265,13 @@ class LatencyModel:
         self._check_bits({*plan.weight_bits, *plan.product_bits})
 
     def layered_iteration_s(self, rows: Ints, tokens: int, sequences: int, qkv_share: float = 1.0) -> float:
-        """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`."""
+        """Return the seconds of an iteration in which layers differ in tokens; see `layered_iteration_seconds`.
+
+        Raises:
+            CalibrationError: for rows of another number of columns, beyond which compiled code would read.
+        """
+        if rows.ndim != 2 or rows.shape[1] != LOAD_COLUMNS:
+            raise CalibrationError(f"rows of {rows.shape[-1]} columns; they need {LOAD_COLUMNS}")
         return float(layered_iteration_seconds(self.tables, rows, tokens, sequences, qkv_share))
 
     def linear_s(self, kind: str, bits: int, tokens: int) -> float:
@@ -319,14 +328,16 @@ class LatencyModel:
             CalibrationError: if the calibration does not cover a precision of the plan, or `kv_only` lacks the share.
         """
         self.check_bits(plan)
-        if chunks and any(plan.kv_only):
-            if qkv_share is None:
-                raise CalibrationError(
-                    f"the plan {describe(plan)!r} has layers that only write KV in prefill; pass qkv_share of the model"
-                )
+        skips = bool(chunks) and any(plan.kv_only)
+        if skips and qkv_share is None:
+            raise CalibrationError(
+                f"the plan {describe(plan)!r} has layers that only write KV in prefill; pass qkv_share of the model"
+            )
+        if skips or plan.cuts_ffn:
             prompts = _prompt_load(chunks, sequences - decode_batch)
             rows = plan_rows(plan, prompts, decode_batch, decode_context_sum)
-            return self.layered_iteration_s(rows, prompts.tokens + decode_batch, sequences, qkv_share)
+            share = 1.0 if qkv_share is None else qkv_share
+            return self.layered_iteration_s(rows, prompts.tokens + decode_batch, sequences, share)
         tokens = sum(chunk for chunk, _ in chunks)
         context_sum = sum(chunk_context_sum(chunk, prefix) for chunk, prefix in chunks)
         return float(

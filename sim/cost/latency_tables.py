@@ -29,6 +29,13 @@ The share is that of q, k and v in the multiplications with the block's weights 
 the rotation and the writing of KV, which the tables hold together with the products, are taken to be divided in the
 same way. An all-reduce follows the output projection, so it is one of the tokens that pass all.
 
+**FFN blocks at fewer channels** (``Plan.ffn_width``, AmoebaLLM). Both the bytes and the multiplications of a block fall
+with its channels, so w eighths of them take w eighths of its time, of which nothing was measured on a GPU:
+
+    FFN block = w / 8 * (linear(t) - all-reduce(t)) + all-reduce(t)
+
+The norm and the launches of kernels, which the tables hold together with the products, are taken to shrink too.
+
 **Hidden states** (``Plan.kv_hidden``, Apt-Serve). Decodes whose requests store hidden states compute the keys and
 values of their contexts first, by a product of its own over all these tokens, and then read them as others do:
 
@@ -64,6 +71,8 @@ MOST_S = 1e6
 """Largest entry of a table, eleven days; sums and products of larger ones could leave the range of a float."""
 KV_SHARE = 0.5
 """Of k and v in the products of an MHA block in which every query head has its own (``ModelSpec.hidden_halves_kv``)."""
+LOAD_COLUMNS = 10
+"""Of the rows of `layered_iteration_seconds`."""
 TILE_TOKENS = 128
 """Query tokens per attention work item (FlashAttention's query block at head size 128)."""
 
@@ -333,6 +342,18 @@ def _kv_only_seconds(tables: LatencyTables, bits: int, tokens: int, passing: int
 
 
 @compiled()
+def _ffn_seconds(tables: LatencyTables, bits: int, tokens: int, cut: int) -> float:
+    """Return the seconds of an FFN block of which ``cut`` eighths of the channels do not run."""
+    seconds = linear_seconds(tables, bits, FFN_KIND, tokens)
+    if cut == 0:
+        return float(seconds)
+    shared = 0.0
+    if tables.layout[ALLREDUCE + 1] > 0:
+        shared = curve_seconds(tables.data, tables.layout, ALLREDUCE, tokens)
+    return float((seconds - shared) * ((8 - cut) / 8) + shared)
+
+
+@compiled()
 def layered_iteration_seconds(
     tables: LatencyTables, rows: Ints, tokens: int, sequences: int, qkv_share: float
 ) -> float:
@@ -340,11 +361,12 @@ def layered_iteration_seconds(
 
     Args:
         tables: of a LatencyModel.
-        rows: int64[n, 9], one row per group of layers that process the same tokens: number of layers, bits index; of
+        rows: int64[n, 10], one row per group of layers that process the same tokens: number of layers, bits index; of
             the MHA block: prompt tokens, their summed context, decodes, the KV tokens that they read; of the FFN
-            block: tokens; of the MHA block again: prompt tokens that only write keys and values. A block that
-            processes no token costs nothing. In a layer of `kv_only` the last tokens of prompts count as decodes. Last,
-            tokens stored as hidden states whose keys and values decodes compute.
+            block: tokens; of the MHA block again: prompt tokens that only write keys and values; of the FFN block
+            again: eighths of its channels that do not run; last, tokens stored as hidden states whose keys and values
+            decodes compute. A block that processes no token costs nothing. In a layer of `kv_only` the last tokens of
+            prompts count as decodes.
         tokens, sequences: of the iteration. qkv_share: ``ModelSpec.qkv_share``, read where tokens only write KV.
     """
     total = tables.data[DATA_FIXED] + curve_seconds(tables.data, tables.layout, CURVE_TOKEN, tokens)
@@ -356,12 +378,12 @@ def layered_iteration_seconds(
             total += layers * _kv_only_seconds(tables, bits, mha_tokens + rows[i, 7], mha_tokens, qkv_share)
         elif mha_tokens > 0:
             total += layers * linear_seconds(tables, bits, MHA_KIND, mha_tokens)
-        if rows[i, 8] > 0:
-            total += layers * (KV_SHARE * linear_seconds(tables, bits, MHA_KIND, rows[i, 8]))
+        if rows[i, 9] > 0:
+            total += layers * (KV_SHARE * linear_seconds(tables, bits, MHA_KIND, rows[i, 9]))
         if mha_tokens > 0:
             total += layers * attention_seconds(tables, rows[i, 2], rows[i, 3], rows[i, 4], rows[i, 5])
         if rows[i, 6] > 0:
-            total += layers * linear_seconds(tables, bits, FFN_KIND, rows[i, 6])
+            total += layers * _ffn_seconds(tables, bits, rows[i, 6], rows[i, 8])
     return float(max(total, tables.data[DATA_HOST_FLOOR]))
 
 
@@ -406,7 +428,7 @@ def projected_in_range(tables: LatencyTables, rows: Ints) -> bool:
     """Return whether no product with hidden states needs extrapolation; ``rows``: of `layered_iteration_seconds`."""
     inside = True
     for i in range(rows.shape[0]):
-        inside = inside and rows[i, 8] <= tables.layout[CURVE_LINEAR + 4 * rows[i, 1] + 2 * MHA + 1]
+        inside = inside and rows[i, 9] <= tables.layout[CURVE_LINEAR + 4 * rows[i, 1] + 2 * MHA + 1]
     return bool(inside)
 
 

@@ -15,6 +15,7 @@ import functools
 import math
 from typing import Literal
 
+from sim.cost.ffn_width import FULL_WIDTH, narrowed
 from sim.cost.model_spec import QUANT_GROUP_ELEMENTS, Linear, ModelSpec
 from sim.cost.plan import WEIGHT_BITS, KeepMask, Plan, check_layers, check_plan, keep_all
 from sim.cost.quantization import Quantization
@@ -87,12 +88,19 @@ def mha_weight_bytes(model: ModelSpec, bits: int | None = None) -> int:
 
 
 @functools.cache
-def ffn_weight_bytes(model: ModelSpec, bits: int | None = None) -> int:
-    """Return the bytes of one FFN block's weights, norm included; ``bits`` as in ``mha_weight_bytes``."""
+def ffn_weight_bytes(model: ModelSpec, bits: int | None = None, width: int = FULL_WIDTH) -> int:
+    """Return the bytes of one FFN block's weights, norm included; ``bits`` as in ``mha_weight_bytes``.
+
+    At a width below 8 eighths the block has fewer channels, and the constant that replaces the others: a bias of the
+    down projection, which is never quantized.
+    """
     bits = model.weight_bits if bits is None else bits
-    linears = model.ffn_linears
-    norms = model.ffn_params - sum(linear.params for linear in linears)
-    return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + norms * model.weight_dtype_bytes
+    narrow = narrowed(model, width)
+    linears = narrow.ffn_linears
+    others = narrow.ffn_params - sum(linear.params for linear in linears)
+    if narrow is not model and not model.ffn_bias:
+        others += model.hidden_size
+    return sum(linear_weight_bytes(model, linear, bits) for linear in linears) + others * model.weight_dtype_bytes
 
 
 def layer_weight_bytes(model: ModelSpec, bits: int | None = None) -> int:
@@ -134,10 +142,11 @@ def weight_bytes(model: ModelSpec, plan: Plan, stage: Stage = "both") -> int:
     check_plan(model, plan)
     keep = resident_mask(plan, stage)
     mha = {bits: mha_weight_bytes(model, bits) for bits in set(plan.weight_bits)}
-    ffn = {bits: ffn_weight_bytes(model, bits) for bits in set(plan.weight_bits)}
+    forms = list(zip(plan.weight_bits, plan.ffn_width, strict=True))
+    ffn = {form: ffn_weight_bytes(model, *form) for form in set(forms)}
     layers = [
-        mha[bits] * kept_mha + ffn[bits] * kept_ffn
-        for bits, kept_mha, kept_ffn in zip(plan.weight_bits, keep.mha, keep.ffn, strict=True)
+        mha[form[0]] * kept_mha + ffn[form] * kept_ffn
+        for form, kept_mha, kept_ffn in zip(forms, keep.mha, keep.ffn, strict=True)
     ]
     return fixed_weight_bytes(model) + held_bytes(layers, plan.streamed)
 

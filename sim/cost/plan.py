@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH, LEAST_CHANNELS
 from sim.cost.model_spec import ModelSpec
 from sim.cost.streaming import LEAST_STREAMED, SLOTS
 from sim.errors import PlanError
@@ -130,6 +131,8 @@ class Plan:
         before the layer runs (Oneiros); none if left out.
     kv_only: one entry per layer: True lets all tokens of a prompt but its last one write only their keys and values
         there, and pass on to the next layer unchanged (POP); none if left out.
+    ffn_width: one entry per layer: how many eighths of its FFN block's channels run, 8, 7, 6 or 5 (AmoebaLLM); 8
+        everywhere if left out. In a layer whose FFN block does not run, the number means nothing.
     kv_compression: how the KV of a prompt is compressed when its prefill ends (Ada-KV, ThinK, LoRC, ReFreeKV); None
         keeps all of it. It makes its own choice, so no ``kv_keep`` may drop tokens next to it.
     kv_hidden: whether a request keeps hidden states instead of keys and values when its prefill ends (Apt-Serve): half
@@ -148,6 +151,7 @@ class Plan:
     kv_bits: tuple[int, ...] = ()
     streamed: tuple[bool, ...] = ()
     kv_only: tuple[bool, ...] = ()
+    ffn_width: tuple[int, ...] = ()
     kv_compression: KVCompression | None = None
     kv_hidden: bool = False
     max_running: int | None = None
@@ -161,6 +165,8 @@ class Plan:
             object.__setattr__(self, "streamed", (False,) * len(self.weight_bits))
         if self.kv_only == ():
             object.__setattr__(self, "kv_only", (False,) * len(self.weight_bits))
+        if self.ffn_width == ():
+            object.__setattr__(self, "ffn_width", (FULL_WIDTH,) * len(self.weight_bits))
         if self.compute_bits == self.weight_bits:  # one value for one meaning: plans are compared
             object.__setattr__(self, "compute_bits", None)
 
@@ -173,6 +179,13 @@ class Plan:
     def nested(self) -> tuple[bool, ...]:
         """Whether each layer's products run at fewer bits than its resident weights have."""
         return tuple(a < b for a, b in zip(self.product_bits, self.weight_bits, strict=True))
+
+    @property
+    def cuts_ffn(self) -> bool:
+        """Whether some FFN block that runs has a width below 8 eighths."""
+        if min(self.ffn_width) == FULL_WIDTH:  # quicker: engines look in every iteration
+            return False
+        return any(width < FULL_WIDTH and keep for width, keep in zip(self.ffn_width, self.prefill.ffn, strict=True))
 
 
 def nested_bits(weight_bits: int, wanted: int) -> int:
@@ -262,7 +275,7 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
         raise PlanError(f"{plan!r} is no Plan; a policy returns a Plan in every call, such as its first_plan")
     check_layers(model, plan.decode, "plan.decode")
     check_layers(model, plan.prefill, "plan.prefill")
-    for field in ("weight_bits", "compute_bits", "kv_keep", "kv_bits", "streamed", "kv_only"):
+    for field in ("weight_bits", "compute_bits", "kv_keep", "kv_bits", "streamed", "kv_only", "ffn_width"):
         if (listed := getattr(plan, field)) is None:
             continue
         if len(listed) != model.num_layers:
@@ -274,6 +287,7 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
     _check_bits("weight_bits", plan.weight_bits)
     _check_bits("kv_bits", plan.kv_bits)
     _check_compute_bits(model, plan)
+    _check_widths(model, plan)
     for bits in sorted(set(plan.kv_bits) - {16}):
         if model.kv_bytes_per_token_layer_at(bits) >= model.kv_bytes_per_token_layer:
             raise PlanError(
@@ -346,6 +360,23 @@ def _check_bits(field: str, listed: tuple[int, ...]) -> None:
                 raise PlanError(f"plan.{field} of layer {layer} is {_short(bits)}; allowed are 16, 8 and 4")
 
 
+def _check_widths(model: ModelSpec, plan: Plan) -> None:
+    if set(map(type, plan.ffn_width)) == {int} and set(plan.ffn_width) == {FULL_WIDTH}:
+        return
+    for layer, width in enumerate(plan.ffn_width):
+        if not is_whole(width) or width not in FFN_WIDTHS:
+            raise PlanError(
+                f"plan.ffn_width of layer {layer} is {_short(width)}; allowed are {', '.join(map(str, FFN_WIDTHS))} "
+                "eighths of its channels, or drop the FFN block"
+            )
+    if model.intermediate_size < LEAST_CHANNELS:
+        raise PlanError(
+            f"plan.ffn_width cuts FFN blocks of {model.name}, which have {model.intermediate_size} channels on a GPU; "
+            f"widths differ from {LEAST_CHANNELS} on: leave ffn_width at {FULL_WIDTH}, or divide the model among fewer "
+            "GPUs"
+        )
+
+
 def _check_compute_bits(model: ModelSpec, plan: Plan) -> None:
     if plan.compute_bits is None:
         return
@@ -407,6 +438,10 @@ def describe(plan: Plan) -> str:
             layers = [i for i, b in enumerate(listed) if b == bits]
             if layers:
                 parts.append(f"{kind}{bits} {_ranges(layers)}")
+    for width in FFN_WIDTHS[1:]:
+        layers = [i for i, w in enumerate(plan.ffn_width) if w == width]
+        if layers:
+            parts.append(f"FFN{width}/8 {_ranges(layers)}")
     for name, flags in (("streamed", plan.streamed), ("KV only", plan.kv_only)):
         if any(flags):
             parts.append(f"{name} {_ranges([i for i, flag in enumerate(flags) if flag])}")

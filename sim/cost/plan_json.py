@@ -1,4 +1,4 @@
-"""Plans as JSON: removed blocks, layers by precision, runs of kept KV, streamed and kv_only layers; dense is short."""
+"""Plans as JSON: removed blocks, layers by precision and width, runs of kept KV, streamed and kv_only layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH
 from sim.cost.model_spec import MOST_LAYERS
-from sim.cost.plan import KV_KEEP_ALL, KeepMask, KVCompression, KVKeep, Plan, layer_list
+from sim.cost.plan import KV_KEEP_ALL, WEIGHT_BITS, KeepMask, KVCompression, KVKeep, Plan, layer_list
 from sim.errors import CalibrationError
 from sim.limits import is_whole
 
@@ -22,13 +23,14 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "layers": len(plan.weight_bits),
         "prefill_drop": _dropped(plan.prefill),
         "decode_drop": _dropped(plan.decode),
-        "weight_bits": _layers_by_bits(plan.weight_bits),
+        "weight_bits": _layers_by(plan.weight_bits, (8, 4)),
         "kv_keep": [
             {"first_tokens": first, "last_tokens": last, "layers": layers}
             for (first, last), layers in sorted(runs.items())
         ],
-        **({"compute_bits": lower} if (lower := _layers_by_bits(_nested(plan))) else {}),
-        **({"kv_bits": kv_bits} if (kv_bits := _layers_by_bits(plan.kv_bits)) else {}),
+        **({"compute_bits": lower} if (lower := _layers_by(_nested(plan), (8, 4))) else {}),
+        **({"kv_bits": kv_bits} if (kv_bits := _layers_by(plan.kv_bits, (8, 4))) else {}),
+        **({"ffn_width": widths} if (widths := _layers_by(plan.ffn_width, FFN_WIDTHS[1:])) else {}),
         **({"streamed": [i for i, x in enumerate(plan.streamed) if x]} if any(plan.streamed) else {}),
         **({} if plan.kv_compression is None else {"kv_compression": asdict(plan.kv_compression)}),
         **({"kv_hidden": True} if plan.kv_hidden else {}),
@@ -41,8 +43,9 @@ def _nested(plan: Plan) -> list[int]:
     return [bits if nested else 16 for bits, nested in zip(plan.product_bits, plan.nested, strict=True)]
 
 
-def _layers_by_bits(listed: Sequence[int]) -> dict[str, list[int]]:
-    return {str(bits): [i for i, x in enumerate(listed) if x == bits] for bits in (8, 4) if bits in listed}
+def _layers_by(listed: Sequence[int], numbers: Sequence[int]) -> dict[str, list[int]]:
+    """Return the layers that have each of some numbers, such as bits; numbers that none has are left out."""
+    return {str(number): [i for i, x in enumerate(listed) if x == number] for number in numbers if number in listed}
 
 
 def _dropped(mask: KeepMask) -> list[str]:
@@ -69,7 +72,10 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         for run in value["kv_keep"]:
             for layer in _known(run["layers"], layers):
                 kv_keep[layer] = KVKeep(first_tokens=run["first_tokens"], last_tokens=run["last_tokens"])
-        weight_bits, lower = (_bits(layers, value.get(name, {})) for name in ("weight_bits", "compute_bits"))
+        weight_bits, lower, kv_bits = (
+            _by_layer(layers, value.get(name, {}), WEIGHT_BITS, 16)
+            for name in ("weight_bits", "compute_bits", "kv_bits")
+        )
         streamed, kv_only = (set(_known(value.get(name, []), layers)) for name in ("streamed", "kv_only"))
         return Plan(
             decode=_mask(layers, value["decode_drop"]),
@@ -77,9 +83,10 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
             weight_bits=weight_bits,
             compute_bits=tuple(map(min, weight_bits, lower)),
             kv_keep=tuple(kv_keep),
-            kv_bits=_bits(layers, value.get("kv_bits", {})),
+            kv_bits=kv_bits,
             streamed=tuple(layer in streamed for layer in range(layers)),
             kv_only=tuple(layer in kv_only for layer in range(layers)),
+            ffn_width=_by_layer(layers, value.get("ffn_width", {}), FFN_WIDTHS, FULL_WIDTH),
             kv_compression=KVCompression(**value["kv_compression"]) if "kv_compression" in value else None,
             kv_hidden=_flag(value.get("kv_hidden", False)),
         )
@@ -114,13 +121,15 @@ def _known(listed: Iterable[int], layers: int) -> list[int]:
     return found
 
 
-def _bits(layers: int, listed: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
-    """Return the bits of every layer, 16 where none are listed."""
-    bits = [16] * layers
+def _by_layer(
+    layers: int, listed: Mapping[str, Iterable[int]], allowed: Sequence[int], default: int
+) -> tuple[int, ...]:
+    """Return the number of every layer, such as its bits; the default where none is listed."""
+    found, known = [default] * layers, {str(number): number for number in allowed}
     for number, at in listed.items():
         for layer in _known(at, layers):
-            bits[layer] = {"16": 16, "8": 8, "4": 4}[number]
-    return tuple(bits)
+            found[layer] = known[number]
+    return tuple(found)
 
 
 def _mask(layers: int, dropped: Sequence[str]) -> KeepMask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.model_spec import MOST_LAYERS
 from sim.cost.plan import KV_KEEP_ALL, KV_METHODS, KeepMask, KVCompression, KVKeep, Plan
 from sim.errors import PlanError
@@ -14,6 +15,7 @@ _DROPPED = re.compile(rf"(?:(prefill|decode) )?((?:-(?:MHA|FFN) {_RANGES} ?)+)")
 _BITS = re.compile(rf"W(8|4) ({_RANGES})")
 _COMPUTE_BITS = re.compile(rf"compute(8|4) ({_RANGES})")
 _KV_BITS = re.compile(rf"KV(8|4) ({_RANGES})")
+_FFN_WIDTH = re.compile(rf"FFN([567])/8 ({_RANGES})")
 _STREAMED = re.compile(rf"streamed ({_RANGES})")
 _KV_ONLY = re.compile(rf"KV only ({_RANGES})")
 _KV_KEEP = re.compile(rf"KV (\d+)\+(\d+) ({_RANGES})")
@@ -29,7 +31,8 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
     """
     bits, computed = [16] * num_layers, [16] * num_layers
     kv_bits, kv_keep, streamed = [16] * num_layers, [KV_KEEP_ALL] * num_layers, [False] * num_layers
-    kv_only, kv_compression, kv_hidden = [False] * num_layers, None, False
+    kv_only, ffn_width = [False] * num_layers, [FULL_WIDTH] * num_layers
+    kv_compression, kv_hidden = None, False
     kept = {stage: KeepMask(mha=(True,) * num_layers, ffn=(True,) * num_layers) for stage in ("prefill", "decode")}
     limits: dict[str, float] = {}
     for part in text.split("; "):
@@ -50,6 +53,9 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         elif found := _KV_BITS.fullmatch(part):
             for layer in _layers(found[2], num_layers):
                 kv_bits[layer] = int(found[1])
+        elif found := _FFN_WIDTH.fullmatch(part):
+            for layer in _layers(found[2], num_layers):
+                ffn_width[layer] = int(found[1])
         elif found := _STREAMED.fullmatch(part):
             for layer in _layers(found[1], num_layers):
                 streamed[layer] = True
@@ -74,6 +80,7 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
         kv_bits=tuple(kv_bits),
         streamed=tuple(streamed),
         kv_only=tuple(kv_only),
+        ffn_width=tuple(ffn_width),
         kv_compression=kv_compression,
         kv_hidden=kv_hidden,
         max_running=_whole(limits.get("max_running")),
@@ -84,7 +91,8 @@ def plan_from_text(text: str, num_layers: int) -> Plan:
 
 def most_layer(text: str) -> int:
     """Return the highest layer that a description names; -1 if it names none."""
-    lists = re.findall(rf"(?:MHA|FFN|W8|W4|compute8|compute4|KV8|KV4|streamed|KV only|KV \d+\+\d+) ({_RANGES})", text)
+    named = r"MHA|FFN|W8|W4|compute8|compute4|KV8|KV4|FFN[567]/8|streamed|KV only|KV \d+\+\d+"
+    lists = re.findall(rf"(?:{named}) ({_RANGES})", text)
     return max((int(number) for listed in lists for number in re.split("[-,]", listed)), default=-1)
 
 

@@ -16,9 +16,8 @@ The fitted model predicts D, the loss of a plan over dense in nats per token:
 r_b is 1 if block b is removed in both stages and ``stage_share`` if only decode drops it. s_b is the measured loss of
 removing b alone. Cut KV counts by the measured loss of cutting each layer alone, inversely proportional to the tokens
 kept. All coefficients are non-negative, so no plan improves by dropping more. A measured plan is predicted like any
-other: with its own measured value, noise included, it would stand out from similar plans. The loss of KV at 8 and 4
-bits is added (``sim.cost.kv_loss``), and so are those of layers in which prompts only write KV (``kv_only_loss``) and
-of compressed KV (``kv_compression_loss``).
+other: with its own measured value, noise included, it would stand out from similar plans. What changed KV and narrower
+FFN blocks cost is added (``sim.cost.added_losses``).
 
 A fit holds up to some loss: many blocks removed together hurt more than the model says. How far it holds, and by how
 much it is too good beyond, is measured on held-out plans and stored with the coefficients (``FittedRange``). Outside of
@@ -39,13 +38,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from sim.cost.kv_compression_loss import (
-    KVCompressionLoss,
-    kv_compression_loss_path,
-    read_kv_compression_loss,
-)
-from sim.cost.kv_loss import KVLoss, kv_loss_path, quantizes_kv, read_kv_loss
-from sim.cost.kv_only_loss import KVOnlyLoss, kv_only_layers, kv_only_loss_path, read_kv_only_loss
+from sim.cost.added_losses import NOTHING_ADDED, AddedLosses, read_added_losses
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import KV_KEEP_ALL, KeepMask, Plan, keep_all
 from sim.cost.plan_features import pair_features, pair_score, precision_and_kv_features, removed_shares, unwarp
@@ -142,8 +135,7 @@ class FittedQuality:
     root: sqrt(s) [b]. kv: what cutting each layer's KV alone costs [l], in nats.
     max_loss: no prediction exceeds this, the largest loss in the table or 4 nats.
     range: how far the fit holds; None predicts every plan without a bound, as a fit under test needs it.
-    kv_loss: what KV at 8 and 4 bits costs; None if it was not measured. kv_only_loss: the same of ``kv_only``.
-    kv_compression_loss: the same of ``kv_compression``.
+    added: what was measured of changed KV and of FFN widths without other changes of the plan, and is added.
     """
 
     name: str
@@ -159,9 +151,7 @@ class FittedQuality:
     note: str = ""
     max_loss: float = math.inf
     range: FittedRange | None = None
-    kv_loss: KVLoss | None = None
-    kv_only_loss: KVOnlyLoss | None = None
-    kv_compression_loss: KVCompressionLoss | None = None
+    added: AddedLosses = NOTHING_ADDED
     _others_list: tuple[float, ...] = field(default=(), repr=False)
     _pairs_list: tuple[float, ...] = field(default=(), repr=False)
 
@@ -179,7 +169,7 @@ class FittedQuality:
         others = np.array([precision_and_kv_features(plan, self.kv) for plan in plans])
         score = removed @ self.blocks + pair_features(removed, self.root) @ self.pairs + others @ self.others
         loss: Floats = self.charged(np.minimum(unwarp(score, self.curve), self.max_loss))
-        loss = np.minimum(loss + np.array([self._kv_losses(plan) for plan in plans]), self.max_loss)
+        loss = np.minimum(loss + np.array([self.added.of(plan, self.name) for plan in plans]), self.max_loss)
         return np.where([self._kv_in_range(plan) for plan in plans], loss, self.max_loss)
 
     def loss(self, plan: Plan) -> float:
@@ -187,65 +177,12 @@ class FittedQuality:
         predicted = self.predicted_loss(plan)
         if not self._kv_in_range(plan):
             return self.max_loss
-        return min(float(self.charged(np.float64(predicted))) + self._kv_losses(plan), self.max_loss)
-
-    def _kv_losses(self, plan: Plan) -> float:
-        """Return what was measured of KV without other changes of the plan, and is added, in nats per token.
-
-        Raises:
-            CalibrationError: for what was not measured.
-        """
-        return self._kv_bits_loss(plan) + self._kv_only_loss(plan) + self._kv_compression_loss(plan)
-
-    def _kv_bits_loss(self, plan: Plan) -> float:
-        """Return what KV at 8 and 4 bits costs, in nats per token.
-
-        Raises:
-            CalibrationError: if that was not measured.
-        """
-        if not quantizes_kv(plan):
-            return 0.0
-        if self.kv_loss is None:
-            raise CalibrationError(
-                f"what KV at 8 and 4 bits costs was not measured on {self.name}; leave kv_bits at 16, or measure it: "
-                "python -m hw.score kind=kv_bits model.path=..."
-            )
-        return self.kv_loss.of(plan)
-
-    def _kv_only_loss(self, plan: Plan) -> float:
-        """Return what layers cost in which prompts only write KV, in nats per token.
-
-        Raises:
-            CalibrationError: if that was not measured.
-        """
-        if not any(plan.kv_only) or not kv_only_layers(plan):
-            return 0.0
-        if self.kv_only_loss is None:
-            raise CalibrationError(
-                f"what layers cost in which prompts only write KV was not measured on {self.name}; leave kv_only out, "
-                "or measure it: python -m hw.score kind=pop model.path=..."
-            )
-        return self.kv_only_loss.of(plan)
-
-    def _kv_compression_loss(self, plan: Plan) -> float:
-        """Return what compressed KV costs, in nats per token.
-
-        Raises:
-            CalibrationError: if that was not measured.
-        """
-        if plan.kv_compression is None:
-            return 0.0
-        if self.kv_compression_loss is None:
-            raise CalibrationError(
-                f"what compressed KV costs was not measured on {self.name}; leave kv_compression out, or measure it: "
-                "python -m hw.score kind=kv_compression model.path=..."
-            )
-        return self.kv_compression_loss.of(plan)
+        return min(float(self.charged(np.float64(predicted))) + self.added.of(plan, self.name), self.max_loss)
 
     def predicted_loss(self, plan: Plan) -> float:
-        """Return the predicted loss over dense without that of changed KV and ``kv_only``, in nats, in any range.
+        """Return the predicted loss over dense without what is added to it, in nats, in any range.
 
-        Tokens that ``kv_keep`` drops are in it.
+        Added is that of changed KV, ``kv_only`` and ``ffn_width`` (``loss``). Tokens that ``kv_keep`` drops are in it.
         """
         self._check(plan)
         removed = removed_shares(plan, self.stage_share)
@@ -289,16 +226,11 @@ class FittedQuality:
         return self.dense_nll + self.loss(plan)
 
     def charge(self, plan: Plan) -> float:
-        """Return what requests are charged for a plan: its NLL, or NaN for what was not measured.
-
-        That can be quantized or compressed KV, or layers in which prompts only write KV.
-        """
-        unknown = self.kv_loss is None and quantizes_kv(plan)
-        if any(plan.kv_only) and (layers := kv_only_layers(plan)):
-            unknown = unknown or self.kv_only_loss is None or not self.kv_only_loss.knows(layers)
-        if (wanted := plan.kv_compression) is not None:
-            unknown = unknown or self.kv_compression_loss is None or not self.kv_compression_loss.knows(wanted)
-        return math.nan if unknown else self.nll(plan)
+        """Return what requests are charged for a plan: its NLL, or NaN if the loss of some change was not measured."""
+        try:
+            return self.nll(plan)
+        except CalibrationError:
+            return math.nan
 
     def perplexity(self, plan: Plan) -> float:
         """Return exp(nll)."""
@@ -391,6 +323,9 @@ def _range_from_json(value: Mapping[str, Any]) -> FittedRange:
 
 # --- Published points ------------------------------------------------------------------------------------------------
 
+STATED = "take a quality that states it: smollm2_135m (measured), llama2_7b_transferred (some of it, by assumption)"
+"""What a message offers where nothing is published."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedPoint:
@@ -415,6 +350,9 @@ class PublishedQuality:
     W8 and cut KV are not published: their loss is unknown, ``nll`` refuses them and ``charge`` is NaN. A plan that
     drops a larger share of the parameters than any published mask is outside of the range: it is charged the loss of
     guessing every token with equal probability.
+
+    added: what changed KV and FFN widths cost besides; nothing is published on that, so only ``TransferredQuality``
+        knows some of it.
     """
 
     model: ModelSpec
@@ -422,6 +360,7 @@ class PublishedQuality:
     points: tuple[PublishedPoint, ...]
     w4_layers: tuple[int, ...]
     w4_perplexity: tuple[float, ...]
+    added: AddedLosses = NOTHING_ADDED
 
     def __post_init__(self) -> None:
         if len(self.w4_layers) != len(self.w4_perplexity) or list(self.w4_layers) != sorted(set(self.w4_layers)):
@@ -492,39 +431,16 @@ class PublishedQuality:
                 f"nothing is published on W8 layers or cut KV of {self.model.name}, so their loss is unknown; use "
                 "W4, a model with a measured table (smollm2_135m), or measure one: python -m hw.score kind=table"
             )
-        if any(plan.kv_only) and kv_only_layers(plan):
-            raise CalibrationError(
-                f"what layers cost in which prompts only write KV is not known of {self.model.name}; leave it out, "
-                "or take a quality that was measured: smollm2_135m"
-            )
-        if plan.kv_compression is not None:
-            raise CalibrationError(
-                f"what compressed KV costs is not known of {self.model.name}; leave kv_compression out, or take a "
-                "quality that was measured: smollm2_135m"
-            )
-        quantized = self._kv_bits_loss(plan)
+        added = self.added.of(plan, self.model.name, STATED)
         if not self.in_range(plan):
             return max(math.log(self.model.vocab_size), math.log(self.dense_perplexity))
-        loss = quantized
+        loss = added
         if plan.decode != keep_all(self.model):
             loss += self._pruning_loss(plan.decode)
         four = plan.product_bits.count(4)
         if four:
             loss += self._w4_loss(four)
         return math.log(self.dense_perplexity) + loss
-
-    def _kv_bits_loss(self, plan: Plan) -> float:
-        """Return what KV at 8 and 4 bits costs, in nats per token.
-
-        Raises:
-            CalibrationError: for such KV: nothing is published here.
-        """
-        if quantizes_kv(plan):
-            raise CalibrationError(
-                f"what KV at 8 and 4 bits costs {self.model.name} is not known here; leave kv_bits at 16, or take "
-                "a quality that states it: smollm2_135m (measured), llama2_7b_transferred (by assumption)"
-            )
-        return 0.0
 
     def _pruning_loss(self, mask: KeepMask) -> float:
         """Return what a mask loses over dense, in nats per token."""
@@ -581,14 +497,12 @@ class TransferredQuality(PublishedQuality):
     factors: of each block, in the order MHA0, FFN0, MHA1, ...; at least 1. profile_of: the measured model.
     w4_of: the measured model whose loss of W4, by share of the layers, replaces the published one; None keeps that.
     w4_losses: its losses in nats for 0, 1, ... layers of this model; empty without ``w4_of``.
-    kv_loss: what KV at 8 and 4 bits costs the measured model, at the same depth; None if that was not measured.
     """
 
     factors: tuple[float, ...]
     profile_of: str
     w4_of: str | None = None
     w4_losses: tuple[float, ...] = ()
-    kv_loss: KVLoss | None = None
 
     def __post_init__(self) -> None:
         PublishedQuality.__post_init__(self)
@@ -607,12 +521,12 @@ class TransferredQuality(PublishedQuality):
         """Return published points with the profile of a measured model, and with the loss of W4 of ``w4``, if any."""
         layers = published.model.num_layers
         return cls(
-            **{one.name: getattr(published, one.name) for one in fields(PublishedQuality)},
+            **{one.name: getattr(published, one.name) for one in fields(PublishedQuality) if one.name != "added"},
             factors=transferred_factors(published, profile),
             profile_of=profile.name,
             w4_of=None if w4 is None else w4.name,
             w4_losses=() if w4 is None else tuple(w4.w4_loss(n / layers) for n in range(layers + 1)),
-            kv_loss=None if profile.kv_loss is None else profile.kv_loss.resampled(layers),
+            added=profile.added.transferred(layers),
         )
 
     def counted_share(self, mask: KeepMask) -> float:
@@ -647,21 +561,15 @@ class TransferredQuality(PublishedQuality):
         """Return the same with the published losses of W4 of another model, also where they were a measured model's."""
         return replace(cast(TransferredQuality, PublishedQuality.with_w4_of(self, other)), w4_of=None, w4_losses=())
 
-    def _kv_bits_loss(self, plan: Plan) -> float:
-        if self.kv_loss is None:
-            return PublishedQuality._kv_bits_loss(self, plan)
-        return self.kv_loss.of(plan)
-
     def _w4_loss(self, layers: int) -> float:
         return self.w4_losses[layers] if self.w4_losses else PublishedQuality._w4_loss(self, layers)
 
     def summary(self) -> str:
         """Return one line on the data behind the prediction."""
         w4 = "published" if self.w4_of is None else f"assumed to be that of {self.w4_of}"
-        kv = "not known" if self.kv_loss is None else f"assumed to be that of {self.kv_loss.measured_on}"
         return (
             f"quality of {self.model.name}: assumed, not measured; {len(self.points)} published masks, other blocks "
-            f"by the profile of {self.profile_of}; the loss of W4 is {w4}, that of KV at 8 and 4 bits {kv}; a plan "
+            f"by the profile of {self.profile_of}; the loss of W4 is {w4}; {self.added.said()}; a plan "
             "beyond the published masks is charged the loss of a random guess"
         )
 
@@ -797,14 +705,7 @@ def read_fitted(table: Path, form: str = BEST_FORM, text: Text = "test") -> Fitt
         raise CalibrationError(
             f"{path} was fitted to a table with SHA-256 {fitted_to[:12]}..., but {table} has {now[:12]}...; {again}"
         )
-    layers = len(quality.kv)
-    if (costs := kv_loss_path(table)).is_file():
-        quality = replace(quality, kv_loss=read_kv_loss(costs, text, quality.name, layers))
-    if (costs := kv_only_loss_path(table)).is_file():
-        quality = replace(quality, kv_only_loss=read_kv_only_loss(costs, text, quality.name, layers))
-    if (costs := kv_compression_loss_path(table)).is_file():
-        quality = replace(quality, kv_compression_loss=read_kv_compression_loss(costs, text, quality.name))
-    return quality
+    return replace(quality, added=read_added_losses(table, text, quality.name, len(quality.kv)))
 
 
 def read_published(path: Path) -> PublishedQuality:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.cost.ffn_width import FULL_WIDTH, ffn_params
 from sim.cost.kv_format import HIDDEN_ROW, stores_all
 from sim.cost.latency import plan_layers
 from sim.cost.memory import fixed_weight_bytes
@@ -167,7 +168,8 @@ class PlanGraph:
         for at, copy in enumerate(copies, start=self._copies):
             restores = bool(copy.mha_bits) and not resident.mha_bits[copy.layer]
             # In the order of the fields of COPY; the last, ``after``, is not known yet.
-            self.copies[at] = copy.layer, copy.mha_bits, copy.ffn_bits, copy.copied_bytes, copy.net_bytes, restores, -1
+            blocks = copy.layer, copy.mha_bits, copy.ffn_bits, copy.ffn_width
+            self.copies[at] = *blocks, copy.copied_bytes, copy.net_bytes, restores, -1
         row = {
             "target": target,
             "weight_bytes": self._fixed_weight_bytes + resident.weight_bytes(model),
@@ -177,11 +179,12 @@ class PlanGraph:
             "streams_at": self._streams_at(resident),
             "streams": len(resident.crossing()),
             "kv_only": sum(plan.kv_only),
+            "cuts_ffn": plan.cuts_ffn,
             "max_waiting": -1 if plan.max_waiting is None else plan.max_waiting,
             "max_wait_s": math.inf if plan.max_wait_s is None else plan.max_wait_s,
             "max_running": -1 if plan.max_running is None else plan.max_running,
-            "prefill_params": model.fixed_params + model.ffn_params * sum(plan.prefill.ffn),
-            "decode_params": model.fixed_params + model.ffn_params * sum(plan.decode.ffn),
+            "prefill_params": model.fixed_params + ffn_params(model, plan.ffn_width, plan.prefill.ffn),
+            "decode_params": model.fixed_params + ffn_params(model, plan.ffn_width, plan.decode.ffn),
             "mha_params": model.mha_params,
             "copies_at": self._copies,
             "copies": len(copies),
@@ -194,9 +197,9 @@ class PlanGraph:
         self.residency_words[number] = [*words_of(plan.prefill.mha), *words_of(plan.decode.mha)]
         self.residency_block_counts[number] = plan_layers(plan).ravel()
         self.residency_layers[number] = [
-            (WEIGHT_BITS.index(bits), prefill, decode, kv_only)
-            for bits, prefill, decode, kv_only in zip(
-                plan.product_bits, plan.prefill.ffn, plan.decode.ffn, plan.kv_only, strict=True
+            (WEIGHT_BITS.index(bits), prefill, decode, kv_only, FULL_WIDTH - width)
+            for bits, prefill, decode, kv_only, width in zip(
+                plan.product_bits, plan.prefill.ffn, plan.decode.ffn, plan.kv_only, plan.ffn_width, strict=True
             )
         ]
         return number

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.latency import LatencyModel, chunk_context_sum
 from sim.cost.latency_tables import kv_only_in_range, projected_in_range
 from sim.cost.model_spec import ModelSpec
@@ -134,7 +135,7 @@ class PricingExecutor:
         if skips := any(plan.kv_only) and bool(chunks):
             ends = [live.target_tokens for live, _ in _ending(iteration)]
             inside = inside and kv_only_in_range(self._latency.tables, len(decodes) + len(ends), contexts + sum(ends))
-        if alike and not skips:
+        if alike and not skips and not plan.cuts_ffn:
             seconds = self._latency.iteration_s(plan, *shape)
         else:
             tokens = sum(chunk for chunk, _ in chunks) + len(decodes)
@@ -193,11 +194,11 @@ def _ending(iteration: Iteration) -> list[tuple[LiveRequest, int]]:
 
 
 def _layers_seen(iteration: Iteration) -> Ints:
-    """Return int64[k, 9], the load of each layer; layers with equal loads share a row, in order of first appearance.
+    """Return int64[k, 10], the load of each layer; layers with equal loads share a row, in order of first appearance.
 
     Columns: layers, index of the products' bits, prefill tokens, their context, decodes, their context, FFN tokens,
-    prompt tokens that only write KV, tokens stored as hidden states. In a layer of `kv_only` the last token of a prompt
-    counts as a decode.
+    prompt tokens that only write KV, eighths of the FFN block's channels that do not run, tokens stored as hidden
+    states. In a layer of `kv_only` the last token of a prompt counts as a decode.
     """
     plan, decodes, prefills = iteration.plan, iteration.decodes, iteration.prefills
     rows: dict[tuple[int, ...], int] = {}
@@ -219,6 +220,7 @@ def _layers_seen(iteration: Iteration) -> Ints:
             context,
             feeding * plan.prefill.ffn[layer] + len(decodes) * plan.decode.ffn[layer],
             writing,
+            FULL_WIDTH - plan.ffn_width[layer],
             sum(live.computed_tokens for live in reading if live.table.stores_hidden),
         )
         rows[seen] = rows.get(seen, 0) + 1

@@ -13,7 +13,8 @@ follow; the next iteration starts. Requests that arrive together keep the order 
 **Rules for changing plans** (sim/engine/transition.py says what is copied when):
 
 1. Everything takes effect between two iterations. An idle engine is always between two.
-2. A dropped block leaves at once, an MHA block together with the KV that requests hold of it.
+2. A dropped block leaves at once, an MHA block together with the KV that requests hold of it. So do the channels that a
+   narrower ``ffn_width`` does not run; a wider one copies those that are missing, next to those that stay.
 3. A request carries the set of MHA blocks whose KV it holds: those that prefill runs when it is admitted. The set only
    shrinks: when the plan drops a block, and at the end of prefill, to the blocks that decode runs.
 4. A restored block runs for requests that are admitted later. With ``restore=recompute``, running requests that lack it

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from sim.cost.ffn_width import ffn_params
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, check_plan
 from sim.engine.block_table import BlockTable
@@ -592,7 +593,8 @@ class Replica(ReplicaState):
         # A request runs only the MHA blocks whose KV it holds, so both the parameters and the loss depend on them.
         ffn = plan.prefill.ffn if prefilled else plan.decode.ffn
         model = self.model
-        live.kept_params += model.fixed_params + len(live.mha) * model.mha_params + sum(ffn) * model.ffn_params
+        ffn_params_run = ffn_params(model, plan.ffn_width, ffn) if plan.cuts_ffn else sum(ffn) * model.ffn_params
+        live.kept_params += model.fixed_params + len(live.mha) * model.mha_params + ffn_params_run
         if self._quality_nll is not None:
             live.nll_sum += self._quality_nll(plan_for_holder(plan, live.mha, decoding=not prefilled))
         if prefilled:

@@ -17,6 +17,10 @@ any precision from the next iteration on. A layer that is not to be streamed any
 
 ``Plan.compute_bits`` moves nothing: products run at other bits from the next iteration on. While a layer is present at
 another precision than its plan wants, it is read as close to the wanted bits as its present weights allow.
+
+``Plan.ffn_width``: channels of an FFN block are stored in order of importance, so cutting a block only drops the last
+ones, at once. Widening it copies in those that are missing, next to the ones that stay. The bias that replaces removed
+channels, one number for each hidden unit, comes with no copy of its own when a block is cut.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.memory import ffn_weight_bytes, fixed_weight_bytes, mha_weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KeepMask, Plan, nested_bits
@@ -37,6 +42,8 @@ ABSENT = 0
 class Resident:
     """The blocks that can run: bits per weight of each layer's MHA and FFN block, ``ABSENT`` if it cannot.
 
+    ffn_width: of each layer's FFN block, in eighths of its channels; all of them for one that cannot run, or if left
+        out.
     streamed: whether the blocks of a layer are in host memory and cross the link in each iteration; the others are on
         the device. None are if left out.
     """
@@ -44,16 +51,20 @@ class Resident:
     mha_bits: tuple[int, ...]
     ffn_bits: tuple[int, ...]
     streamed: tuple[bool, ...] = ()
+    ffn_width: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.ffn_width == ():
+            object.__setattr__(self, "ffn_width", (FULL_WIDTH,) * len(self.ffn_bits))
         if self.streamed == ():
             object.__setattr__(self, "streamed", (False,) * len(self.mha_bits))
 
     def layer_bytes(self, model: ModelSpec) -> list[int]:
         """Return the bytes of the blocks of each layer, streamed or not."""
         mha = {bits: mha_weight_bytes(model, bits) for bits in set(self.mha_bits) - {ABSENT}}
-        ffn = {bits: ffn_weight_bytes(model, bits) for bits in set(self.ffn_bits) - {ABSENT}}
-        return [mha.get(m, 0) + ffn.get(f, 0) for m, f in zip(self.mha_bits, self.ffn_bits, strict=True)]
+        forms = list(zip(self.ffn_bits, self.ffn_width, strict=True))
+        ffn = {form: ffn_weight_bytes(model, *form) for form in set(forms) if form[0] != ABSENT}
+        return [mha.get(m, 0) + ffn.get(form, 0) for m, form in zip(self.mha_bits, forms, strict=True)]
 
     def blocks(self) -> list[int]:
         """Return how many blocks of each layer can run."""
@@ -72,7 +83,8 @@ class LayerCopy(NamedTuple):
     """One copy from host memory: the blocks of one layer.
 
     mha_bits, ffn_bits: precision of each block that is copied; ABSENT if it is not. copied_bytes: bytes copied in.
-    net_bytes: copied_bytes minus the bytes of the blocks that are replaced.
+    net_bytes: copied_bytes minus the bytes of the blocks that are replaced. ffn_width: of the FFN block after the copy;
+    if it is on the device at these bits, only the channels that it lacks are copied, and nothing is replaced.
     """
 
     layer: int
@@ -80,6 +92,7 @@ class LayerCopy(NamedTuple):
     ffn_bits: int
     copied_bytes: int
     net_bytes: int
+    ffn_width: int = FULL_WIDTH
 
 
 def resident_of(plan: Plan) -> Resident:
@@ -88,11 +101,12 @@ def resident_of(plan: Plan) -> Resident:
         mha_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.mha, strict=True)),
         ffn_bits=tuple(bits if keep else ABSENT for bits, keep in zip(plan.weight_bits, plan.prefill.ffn, strict=True)),
         streamed=plan.streamed,
+        ffn_width=tuple(w if keep else FULL_WIDTH for w, keep in zip(plan.ffn_width, plan.prefill.ffn, strict=True)),
     )
 
 
 def without_dropped(resident: Resident, target: Plan) -> Resident:
-    """Return what can run when all blocks that ``target`` does not run, and all that it streams, have been dropped."""
+    """Return what can run when all that ``target`` does not run, or streams, has been dropped: blocks, and channels."""
     wanted = resident_of(target)
 
     def left(held: tuple[int, ...], asked: tuple[int, ...]) -> tuple[int, ...]:
@@ -102,12 +116,17 @@ def without_dropped(resident: Resident, target: Plan) -> Resident:
         )
 
     mha, ffn = left(resident.mha_bits, wanted.mha_bits), left(resident.ffn_bits, wanted.ffn_bits)
+    widths = zip(resident.ffn_width, wanted.ffn_width, ffn, target.streamed, strict=True)
     return Resident(
         mha_bits=mha,
         ffn_bits=ffn,
         streamed=tuple(
             now or (before and (m or f) != ABSENT)
             for now, before, m, f in zip(target.streamed, resident.streamed, mha, ffn, strict=True)
+        ),
+        ffn_width=tuple(
+            FULL_WIDTH if bits == ABSENT else asked if streamed else min(here, asked)
+            for here, asked, bits, streamed in widths
         ),
     )
 
@@ -116,22 +135,30 @@ def copies_between(model: ModelSpec, resident: Resident, target: Plan) -> list[L
     """Return the copies that lead from ``resident`` to ``target``: smallest ``net_bytes`` first, then by layer."""
     wanted = resident_of(target)
     mha_bytes = {bits: mha_weight_bytes(model, bits) for bits in {*wanted.mha_bits, *resident.mha_bits} - {ABSENT}}
-    ffn_bytes = {bits: ffn_weight_bytes(model, bits) for bits in {*wanted.ffn_bits, *resident.ffn_bits} - {ABSENT}}
-    mha_bytes[ABSENT] = ffn_bytes[ABSENT] = 0
+    mha_bytes[ABSENT] = 0
+
+    def ffn_bytes(bits: int, width: int) -> int:
+        return ffn_weight_bytes(model, bits, width) if bits != ABSENT else 0
+
     copies = []
     for layer in range(model.num_layers):
         if target.streamed[layer]:
             continue
-        mha_held, ffn_held = resident.mha_bits[layer], resident.ffn_bits[layer]
+        mha_held, ffn_held, width_held = resident.mha_bits[layer], resident.ffn_bits[layer], resident.ffn_width[layer]
+        width = wanted.ffn_width[layer]
         if resident.streamed[layer]:  # nothing of it is on the device
             mha_held = ffn_held = ABSENT
         mha = wanted.mha_bits[layer] if wanted.mha_bits[layer] != mha_held else ABSENT
-        ffn = wanted.ffn_bits[layer] if wanted.ffn_bits[layer] != ffn_held else ABSENT
+        alike = wanted.ffn_bits[layer] == ffn_held
+        ffn = wanted.ffn_bits[layer] if not alike or (ffn_held != ABSENT and width_held < width) else ABSENT
         if mha == ABSENT and ffn == ABSENT:
             continue
-        copied = mha_bytes[mha] + ffn_bytes[ffn]
-        freed = (mha_bytes[mha_held] if mha != ABSENT else 0) + (ffn_bytes[ffn_held] if ffn != ABSENT else 0)
-        copies.append(LayerCopy(layer=layer, mha_bits=mha, ffn_bits=ffn, copied_bytes=copied, net_bytes=copied - freed))
+        copied, freed = mha_bytes[mha], mha_bytes[mha_held] if mha != ABSENT else 0
+        if ffn != ABSENT:
+            there = ffn_bytes(ffn_held, width_held)
+            copied += ffn_bytes(ffn, width) - (there if alike else 0)
+            freed += 0 if alike else there
+        copies.append(LayerCopy(layer, mha, ffn, copied, copied - freed, width if ffn != ABSENT else FULL_WIDTH))
     return sorted(copies, key=lambda copy: (copy.net_bytes, copy.layer))
 
 
@@ -152,16 +179,20 @@ def peak_weight_bytes(model: ModelSpec, start: Plan, target: Plan) -> int:
 def joined(resident: Resident, copy: LayerCopy) -> Resident:
     """Return what is resident once a copy is complete and the blocks that it replaces are freed."""
     mha, ffn, streamed = list(resident.mha_bits), list(resident.ffn_bits), list(resident.streamed)
+    widths = list(resident.ffn_width)
     if copy.mha_bits != ABSENT:
         mha[copy.layer] = copy.mha_bits
     if copy.ffn_bits != ABSENT:
-        ffn[copy.layer] = copy.ffn_bits
+        ffn[copy.layer], widths[copy.layer] = copy.ffn_bits, copy.ffn_width
     streamed[copy.layer] = False
-    return Resident(mha_bits=tuple(mha), ffn_bits=tuple(ffn), streamed=tuple(streamed))
+    return Resident(mha_bits=tuple(mha), ffn_bits=tuple(ffn), streamed=tuple(streamed), ffn_width=tuple(widths))
 
 
 def running_plan(resident: Resident, target: Plan) -> Plan:
-    """Return what runs during the change to ``target``: its resident blocks, at their resident precision or below."""
+    """Return what runs during the change to ``target``: its resident blocks, at their resident precision or below.
+
+    FFN blocks run at their resident width.
+    """
 
     def mask(keep: KeepMask) -> KeepMask:
         return KeepMask(
@@ -181,6 +212,10 @@ def running_plan(resident: Resident, target: Plan) -> Plan:
         weight_bits=weight_bits,
         compute_bits=tuple(nested_bits(here, wanted) if nested else here for here, wanted, nested in lower),
         streamed=resident.streamed,
+        ffn_width=tuple(
+            here if bits != ABSENT else wanted
+            for here, wanted, bits in zip(resident.ffn_width, target.ffn_width, resident.ffn_bits, strict=True)
+        ),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KVCompression, KVKeep, Plan, check_plan, drop, layer_list
 from sim.engine.protocol import EngineState
@@ -46,6 +47,7 @@ def static_plan(
     kv_bits: int | Sequence[int] = 16,
     streamed: Sequence[int] = (),
     kv_only: Sequence[int] = (),
+    ffn_width: int | Sequence[int] = FULL_WIDTH,
     kv_method: str | None = None,
     kv_percent: int | None = None,
     kv_hidden: bool = False,
@@ -66,6 +68,7 @@ def static_plan(
         kv_bits: 16, 8 or 4 for the KV of all layers after prefill, or one entry per layer.
         streamed: layers whose weights stay in host memory and are copied in by each iteration.
         kv_only: layers in which all tokens of a prompt but its last one only write keys and values.
+        ffn_width: 8, 7, 6 or 5 eighths of the channels of all FFN blocks, or one entry per layer.
         kv_method: ada_kv, refree_kv, think or lorc, which compresses the KV of a prompt; None compresses none.
         kv_percent: of the bytes of that KV that stay.
         kv_hidden: whether requests keep hidden states after prefill in place of keys and values.
@@ -85,8 +88,8 @@ def static_plan(
             f"kv_method is {kv_method} and kv_percent {kv_percent}; give both, such as ada_kv and 70, or neither"
         )
     weight_bits = model.weight_bits if weight_bits is None else weight_bits
-    for name, bits in (("kv_bits", kv_bits), ("compute_bits", compute_bits)):
-        if isinstance(bits, Sequence) and not bits:
+    for name, number in (("kv_bits", kv_bits), ("compute_bits", compute_bits), ("ffn_width", ffn_width)):
+        if isinstance(number, Sequence) and not number:
             raise PlanError(f"{name} is an empty list; give one number, such as 8, or one for each of {layers} layers")
     plan = Plan(
         decode=drop(model, mha=layer_list("drop_mha", drop_mha), ffn=layer_list("drop_ffn", drop_ffn)),
@@ -101,6 +104,7 @@ def static_plan(
         kv_bits=_per_layer(kv_bits, layers),
         streamed=tuple(layer in crossing for layer in range(layers)),
         kv_only=tuple(layer in writing for layer in range(layers)),
+        ffn_width=_per_layer(ffn_width, layers),
         kv_compression=(
             None if kv_method is None or kv_percent is None else KVCompression(method=kv_method, percent=kv_percent)
         ),
@@ -123,10 +127,10 @@ def _known_layers(model: ModelSpec, name: str, listed: Sequence[int]) -> set[int
     return layers
 
 
-def _per_layer(bits: int | Sequence[int], layers: int) -> tuple[int, ...]:
+def _per_layer(numbers: int | Sequence[int], layers: int) -> tuple[int, ...]:
     """Return one entry per layer; ``check_plan`` checks what they are."""
-    listed = isinstance(bits, Sequence) and not isinstance(bits, str)
-    return tuple(bits) if listed else (bits,) * layers  # type: ignore[arg-type,return-value]
+    listed = isinstance(numbers, Sequence) and not isinstance(numbers, str)
+    return tuple(numbers) if listed else (numbers,) * layers  # type: ignore[arg-type,return-value]
 
 
 def fixed(served: PolicyContext, *, made_for: str | None = None, **options: Any) -> Fixed:

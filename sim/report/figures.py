@@ -35,6 +35,7 @@ STATES = {
     series.STREAMED: ("streamed from the host", "#009E73"),
     series.KV_ONLY: ("prompts only write KV", "#CC79A7"),
     series.NESTED: ("computed at half its bits", "#F0E442"),
+    series.NARROW: ("at fewer channels", "#8c6d31"),
 }
 """State of a block -> its name and color; colors of Okabe and Ito's palette, with pale gray for the usual state."""
 NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}

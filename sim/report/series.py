@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.plan import Plan
 from sim.report.run_data import RunData
 from sim.types import Floats, Ints
@@ -28,7 +29,7 @@ QUANTILES: Floats = np.unique(
 )
 """Where a cumulative distribution of many values is drawn: densely near 1."""
 
-DROPPED, PREFILL_ONLY, BITS_4, BITS_8, BITS_16, STREAMED, KV_ONLY, NESTED = range(8)
+DROPPED, PREFILL_ONLY, BITS_4, BITS_8, BITS_16, STREAMED, KV_ONLY, NESTED, NARROW = range(9)
 """States of a block in a map of plans."""
 STATE_OF_BITS = {4: BITS_4, 8: BITS_8, 16: BITS_16}
 
@@ -208,10 +209,15 @@ def plan_map(run: RunData, end_s: float) -> PlanMap | None:
 def block_states(plan: Plan) -> NDArray[np.int8]:
     """Return the state of each block under a plan: int8[2 * layers], first MHA, then FFN."""
     found = []
-    for prefill, decode in ((plan.prefill.mha, plan.decode.mha), (plan.prefill.ffn, plan.decode.ffn)):
-        more = plan.weight_bits, plan.streamed, plan.kv_only, plan.nested
-        for in_prefill, in_decode, bits, streamed, kv_only, nested in zip(prefill, decode, *more, strict=True):
+    full = (FULL_WIDTH,) * len(plan.ffn_width)
+    for prefill, decode, widths in (
+        (plan.prefill.mha, plan.decode.mha, full),
+        (plan.prefill.ffn, plan.decode.ffn, plan.ffn_width),
+    ):
+        more = plan.weight_bits, plan.streamed, plan.kv_only, plan.nested, widths
+        for in_prefill, in_decode, bits, streamed, kv_only, nested, width in zip(prefill, decode, *more, strict=True):
             there = STREAMED if streamed else KV_ONLY if kv_only else NESTED if nested else STATE_OF_BITS[bits]
+            there = NARROW if width < FULL_WIDTH and not streamed else there
             found.append(there if in_decode else PREFILL_ONLY if in_prefill else DROPPED)
     return np.array(found, dtype=np.int8)
 

@@ -79,6 +79,7 @@ def _as_the_layer_before(s: Table, layer: int) -> bool:
     one, other = layers_of(s)[layer - 1], layers_of(s)[layer]
     same = one.bits_index == other.bits_index and one.kv_only == other.kv_only
     same = same and one.prefill_ffn == other.prefill_ffn and one.decode_ffn == other.decode_ffn
+    same = same and one.ffn_cut == other.ffn_cut
     return bool(same and (counters_of(s).formatted == 0 or _keeps_as_the_layer_before(s, layer)))
 
 
@@ -102,7 +103,7 @@ def _fill_layer_loads(s: Table) -> int:
     """Fill ``layer_loads`` with the load of each layer; layers with equal loads share a row, in order of appearance.
 
     Returns:
-        The number of rows; their 9 columns are those of ``sim.cost.latency_tables.layered_iteration_seconds``.
+        The number of rows; their 10 columns are those of ``sim.cost.latency_tables.layered_iteration_seconds``.
     """
     n, requests, slots, sets, words, batch, layers, loads = (
         counters_of(s),
@@ -180,7 +181,8 @@ def _fill_layer_loads(s: Table) -> int:
                 and row[5] == context
                 and row[6] == ffn
                 and row[7] == writing
-                and row[8] == projected
+                and row[8] == runs.ffn_cut
+                and row[9] == projected
             ):
                 row[0] += 1
                 place, found = at, True
@@ -188,7 +190,7 @@ def _fill_layer_loads(s: Table) -> int:
         if not found:
             place, row = count, loads[count]
             row[0], row[1], row[2], row[3], row[4], row[5], row[6] = 1, bits, tokens, contexts, decodes, context, ffn
-            row[7], row[8] = writing, projected
+            row[7], row[8], row[9] = writing, runs.ffn_cut, projected
             count += 1
     return count
 
@@ -242,7 +244,7 @@ def _start(s: Table, now_s: float) -> None:
     n, requests, slots, sets, batch = counters_of(s), requests_of(s), slots_of(s), kv_sets_of(s), batch_of(s)
     # Not a literal 0: Numba would compile the pricing functions once more, for arguments that are always 0.
     prefill = prefill_contexts = decodes = contexts = sequences = ZERO
-    uniform = True  # every layer has the same load, so one price per block suffices
+    uniform = n.cuts_ffn == 0  # every layer has the same load, so one price per block suffices
     for j in range(n.batch_chunks):
         slot, tokens = slots[batch[j].slot], batch[j].tokens
         request = requests[slot.request]

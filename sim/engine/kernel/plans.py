@@ -362,7 +362,7 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
         n.first_stream_s, n.second_stream_s = stream_ready_s(
             stream_bytes_of(s), n.streams_at, n.streams, now_s, n.copy_bytes_per_s, n.copy_layer_s, n.slowdown
         )
-    n.stream_id = row.stream_id
+    n.stream_id, n.cuts_ffn = row.stream_id, row.cuts_ffn
     n.max_running = min(n.slots, row.max_running) if row.max_running >= 0 else n.slots
     block_counts, layers = block_counts_of(s), layers_of(s)
     wanted_counts, wanted_layers = residency_block_counts_of(s)[residency], residency_layers_of(s)[residency]
@@ -374,7 +374,7 @@ def _copy_residency(s: Table, residency: int, count: int, now_s: float) -> None:
         wanted = wanted_layers[layer]
         layers[layer].bits_index = wanted.bits_index
         layers[layer].prefill_ffn, layers[layer].decode_ffn = wanted.prefill_ffn, wanted.decode_ffn
-        layers[layer].kv_only = wanted.kv_only
+        layers[layer].kv_only, layers[layer].ffn_cut = wanted.kv_only, wanted.ffn_cut
     for k in range(count):
         sets[k].prefill_params = row.prefill_params + sets[k].layers * row.mha_params
         sets[k].decode_params = row.decode_params + sets[k].layers * row.mha_params
@@ -449,6 +449,7 @@ def _keep_copy(s: Table) -> None:
     for other in range(here.copies_at, here.copies_at + here.copies):
         same = copies[other].layer == under_way.layer
         same = same and copies[other].mha_bits == under_way.mha_bits and copies[other].ffn_bits == under_way.ffn_bits
+        same = same and copies[other].ffn_width == under_way.ffn_width
         if same and copies[other].bytes == under_way.bytes and copies[other].net_bytes == under_way.net_bytes:
             n.copy = other
     if n.copy < 0:

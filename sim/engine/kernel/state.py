@@ -117,6 +117,7 @@ COUNTERS = np.dtype(
         ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
         ("streams", INT64),  # streamed layers
         ("kv_only", INT64),  # layers in which only the last token of a prompt does more than write KV
+        ("cuts_ffn", INT64),  # whether some FFN block runs at fewer channels
         ("first_stream_s", FLOAT64),  # when the first two streamed layers of the next pass are on the device, s
         ("second_stream_s", FLOAT64),
         ("prefill_set", INT64),  # KV set that the plan runs in prefill; new requests get it
@@ -399,7 +400,16 @@ resident_bytes_log_of = REPLICA.array("resident_bytes_log", RESIDENT_BYTES, rows
 
 # Blocks that an iteration runs, by the index of their precision: prefill MHA and FFN, decode MHA and FFN.
 block_counts_of = REPLICA.array("block_counts", rows=lambda z: z.precisions, columns=4, saved=True)
-LAYER = np.dtype([("bits_index", INT64), ("prefill_ffn", INT64), ("decode_ffn", INT64), ("kv_only", INT64)], align=True)
+LAYER = np.dtype(
+    [
+        ("bits_index", INT64),
+        ("prefill_ffn", INT64),
+        ("decode_ffn", INT64),
+        ("kv_only", INT64),
+        ("ffn_cut", INT64),  # eighths of the FFN block's channels that do not run
+    ],
+    align=True,
+)
 layers_of = REPLICA.array("layers", LAYER, rows=lambda z: z.layers, saved=True)
 # What a layer holds of the decoding requests that keep only a part of their KV: how many requests, their bytes less the
 # clock times token_bytes, and token_bytes, the bytes of one more token of each. Of these, how many hold hidden states,
@@ -410,7 +420,7 @@ LAYER_KV = np.dtype(
 )
 layer_kv_of = REPLICA.array("layer_kv", LAYER_KV, rows=lambda z: z.layers, saved=True)
 # Work space: what equal layers see of a batch, as ``sim.cost.latency_tables.layered_iteration_seconds`` reads it.
-layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=9)
+layer_loads_of = REPLICA.array("layer_loads", rows=lambda z: z.layers, columns=10)
 # The ways to store the KV of a layer (sim.cost.kv_format.kv_precisions): tokens of a KV block, and bytes read of each.
 KV_PRECISION = np.dtype([("block_tokens", INT64), ("token_bytes", INT64)], align=True)
 kv_precisions_of = REPLICA.array("kv_precisions", KV_PRECISION, rows=lambda z: z.kv_precisions, saved=True)
@@ -436,6 +446,7 @@ RESIDENCY = np.dtype(
         ("streams_at", INT64),  # first row of stream_bytes and stream_shares for it
         ("streams", INT64),  # streamed layers
         ("kv_only", INT64),  # layers in which only the last token of a prompt does more than write KV
+        ("cuts_ffn", INT64),  # whether some FFN block runs at fewer channels
         ("max_waiting", INT64),  # -1 for no limit
         ("max_wait_s", FLOAT64),  # inf for no limit
         ("max_running", INT64),  # -1 for no limit
@@ -459,6 +470,7 @@ COPY = np.dtype(
         ("layer", INT64),
         ("mha_bits", INT64),  # bits per weight of the MHA block that is copied; 0 for none
         ("ffn_bits", INT64),  # the same for the FFN block
+        ("ffn_width", INT64),  # eighths of its channels after the copy
         ("bytes", INT64),  # bytes that are copied in
         ("net_bytes", INT64),  # these minus the bytes of the blocks they replace
         ("restores_mha", INT64),  # whether it restores an MHA block, of which running requests have no KV

@@ -3,9 +3,9 @@
 ``ServeObserver`` turns the history of ``EngineState`` into numbers; they contain no output length, and nothing of the
 future except announced changes of the budget. ``serve_actions`` lists plans: a number of dropped blocks of an order, a
 number of layers at low precision, and admission limits in requests and in seconds; if asked for, also streamed layers,
-KV at fewer bits, products at fewer bits, and layers in which prompts only write KV. An action is a pair: the weights
-(and which of them are streamed), and what can change at any time without a copy: all else. ``groups`` numbers the
-weights.
+narrower FFN blocks, KV at fewer bits, compressed KV, products at fewer bits, and layers in which prompts only write KV.
+An action is a pair: the weights (and which of them are streamed), and what can change at any time without a copy: all
+else. ``groups`` numbers the weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import ModelSpec
-from sim.cost.plan import WEIGHT_BITS, Plan, check_plan, dense_plan, drop, nested_bits, with_mask
+from sim.cost.plan import (
+    KV_BITS,
+    WEIGHT_BITS,
+    KVCompression,
+    Plan,
+    check_plan,
+    dense_plan,
+    drop,
+    nested_bits,
+    with_mask,
+)
 from sim.cost.streaming import nested_layers
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
@@ -33,6 +44,10 @@ from sim.policies.pop import layer_order
 from sim.types import Bools, Floats, Floats32, Ints
 
 # --- Actions ---------------------------------------------------------------------------------------------------------
+
+
+HIDDEN = "hidden"
+"""In a list of ``kv_bits``: hidden states in place of keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +144,12 @@ def serve_actions(
     admits: Sequence[int | None] = (None,),
     waits: Sequence[float | None] = (None,),
     runs: Sequence[int | None] = (None,),
-    kv_bits: Sequence[int] = (16,),
+    kv_bits: Sequence[int | str] = (16,),
     compute_bits: Sequence[int] = (16,),
     kv_only: Sequence[int] = (0,),
+    kv_compression: Sequence[Mapping[str, Any] | None] = (None,),
     streamed: Sequence[int] = (0,),
+    ffn_width: Sequence[int] = (FULL_WIDTH,),
     start_drops: int | None = None,
     dwell_s: float = 0.0,
     workspace_bytes: int = 0,
@@ -146,11 +163,15 @@ def serve_actions(
         admits: limits of waiting requests, None for no limit.
         waits: how long a request may wait for its admission, in seconds; None for no limit.
         runs: how many requests may run at once, which bounds the time per token; None for the engine's own limit.
-        kv_bits: at how many bits requests keep their KV from now on: 16, 8 or 4 in all layers.
+        kv_bits: at how many bits requests keep their KV from now on: 16, 8 or 4 in all layers, or ``hidden`` for hidden
+            states in its place.
         compute_bits: at how many bits products run, as near as the resident weights allow: 8 reads the first half of
             weights of 16 bits (``sim.cost.plan.nested_bits``); 16 uses all that is resident.
         kv_only: in how many layers prompts only write KV (POP): the first of ``sim.policies.pop.layer_order``.
+        kv_compression: how the KV of prompts is compressed from now on, such as ``{method: ada_kv, percent: 70}``; None
+            for not at all. Hidden states are not compressed: there are no plans with both.
         streamed: how many layers are streamed from the host (``sim.cost.streaming.nested_layers``): 0, or 3 or more.
+        ffn_width: how many eighths of the channels of all FFN blocks run: 8, 7, 6 or 5.
         start_drops: None starts with the first plan. A number starts with the most layers at low precision and nothing
             dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
             engine refuses prompts that do not fit the memory that its first plan leaves for KV, so a start with full
@@ -163,13 +184,15 @@ def serve_actions(
     check_made_for(model, made_for, "actions")
     if not dwell_s >= 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
-    empty = not all((drops, low_layers, admits, waits, runs, kv_bits, compute_bits, kv_only, streamed))
-    if empty or max(drops) > len(order) or min(drops) < 0:
+    held_ways = [_compression(way) for way in kv_compression]
+    limits_and_kv = admits, waits, runs, kv_bits, compute_bits, kv_only, held_ways
+    if not all((drops, low_layers, streamed, ffn_width, *limits_and_kv)) or max(drops) > len(order) or min(drops) < 0:
         raise ConfigError(
             f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
             f"{list(admits)}, waits {list(waits)}, runs {list(runs)}, kv_bits {list(kv_bits)}, compute_bits "
-            f"{list(compute_bits)}, kv_only {list(kv_only)}, streamed {list(streamed)}; each list needs an entry, and "
-            "drops must lie between 0 and the length of the order"
+            f"{list(compute_bits)}, kv_only {list(kv_only)}, kv_compression {list(kv_compression)}, streamed "
+            f"{list(streamed)}, ffn_width {list(ffn_width)}; each list needs an entry, and drops must lie between 0 "
+            "and the length of the order"
         )
     for name, counts in (("streamed", streamed), ("kv_only", kv_only)):
         if any(not is_whole(count) or not 0 <= count <= model.num_layers for count in counts):
@@ -177,10 +200,15 @@ def serve_actions(
                 f"actions.{name} is {list(counts)}; the numbers must lie between 0 and {model.num_layers}, the layers "
                 f"of {model.name}"
             )
+    if any(bits not in (*KV_BITS, HIDDEN) for bits in kv_bits):
+        raise ConfigError(f"actions.kv_bits is {list(kv_bits)}; allowed are 16, 8, 4 and {HIDDEN}")
+    if any(width not in FFN_WIDTHS for width in ffn_width):
+        raise ConfigError(f"actions.ffn_width is {list(ffn_width)}; allowed are 8, 7, 6 and 5, in eighths")
     if any(bits not in WEIGHT_BITS for bits in compute_bits):
         raise ConfigError(f"actions.compute_bits is {list(compute_bits)}; allowed are 16, 8 and 4")
     limits = tuple(product(admits, waits, runs))
-    free = tuple(product(kv_bits, compute_bits, kv_only, enumerate(limits)))
+    stored = [(kept, held) for kept, held in product(kv_bits, held_ways) if kept != HIDDEN or held is None]
+    free = tuple(product(stored, compute_bits, kv_only, enumerate(limits)))
     prompts_least_need = layer_order(model, None)
     dense = dense_plan(model)
     blocks = [block_of(name) for name in order]
@@ -188,9 +216,11 @@ def serve_actions(
     far_apart = nested_layers(model.num_layers)
     # Streamed layers and bits of KV are observed together, as tables with either of them always were.
     memory = len(streamed) > 1 or len(kv_bits) > 1
-    observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1
-    combinations = product(enumerate(drops), enumerate(low_layers), enumerate(streamed), free)
-    for (i, gone), (j, low), (s, crossing), (kept, compute, writing, (k, limit)) in combinations:
+    observed = memory, memory, len(compute_bits) > 1, len(kv_only) > 1, len(held_ways) > 1, len(ffn_width) > 1
+    per_precision = len(streamed) * len(ffn_width)
+    moved = tuple(product(enumerate(streamed), ffn_width))
+    combinations = product(enumerate(drops), enumerate(low_layers), moved, free)
+    for (i, gone), (j, low), ((s, crossing), width), ((kept, held), compute, writing, (k, limit)) in combinations:
         mask = drop(
             model,
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
@@ -203,9 +233,12 @@ def serve_actions(
         plan = replace(
             with_mask(dense, mask),
             weight_bits=bits,
-            kv_bits=(kept,) * model.num_layers,
+            kv_bits=(kept if isinstance(kept, int) else 16,) * model.num_layers,
+            kv_hidden=kept == HIDDEN,
             compute_bits=tuple(nested_bits(each, compute) for each in bits),
             kv_only=tuple(layer in prompts_least_need[:writing] for layer in range(model.num_layers)),
+            kv_compression=held,
+            ffn_width=(width,) * model.num_layers,
             streamed=tuple(layer in far_apart[:crossing] for layer in range(model.num_layers)),
             max_waiting=max_waiting,
             max_wait_s=max_wait_s,
@@ -214,14 +247,17 @@ def serve_actions(
         check_plan(model, plan)
         names.append(
             f"drop {gone}, W{low_bits} {low}, {_limit_name(*limit)}"
-            + (f", KV{kept}" if len(kv_bits) > 1 else "")
+            + (f", KV{' ' * (kept == HIDDEN)}{kept}" if len(kv_bits) > 1 else "")
             + (f", products at {compute}" if len(compute_bits) > 1 else "")
             + (f", KV only {writing}" if len(kv_only) > 1 else "")
+            + (f", KV {_compression_name(held)}" if len(held_ways) > 1 else "")
             + (f", streamed {crossing}" if len(streamed) > 1 else "")
+            + (f", FFN {width}/8" if len(ffn_width) > 1 else "")
         )
         plans.append(plan)
-        moves = s / max(1, len(streamed) - 1), kept / 16
-        shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1)
+        moves = s / max(1, len(streamed) - 1), kept / 16 if isinstance(kept, int) else 0.0
+        stays = 1.0 if held is None else held.percent / 100
+        shown = compute / 16, kv_only.index(writing) / max(1, len(kv_only) - 1), stays, width / FULL_WIDTH
         extras.append(tuple(value for value, differs in zip((*moves, *shown), observed, strict=True) if differs))
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
@@ -230,8 +266,8 @@ def serve_actions(
         raise ConfigError(f"actions.start_drops is {start_drops}; it must be a number of blocks from 0 on, or null")
     enough = min((gone for gone in drops if gone >= (start_drops or 0)), default=max(drops))
     each = len(free)
-    dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * len(streamed) * each
-    lowest = 0 if start_drops is None else list(low_layers).index(max(low_layers)) * len(streamed) * each
+    dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * per_precision * each
+    lowest = 0 if start_drops is None else list(low_layers).index(max(low_layers)) * per_precision * each
     return ServeActions(
         names=tuple(names),
         plans=tuple(plans),
@@ -245,6 +281,26 @@ def serve_actions(
         workspace_bytes=workspace_bytes,
         starts=(lowest if max(low_layers) else dropping, dropping),
     )
+
+
+def _compression(way: Mapping[str, Any] | None) -> KVCompression | None:
+    """Return a way to compress KV from a configuration.
+
+    Raises:
+        ConfigError: unless it is null, or has a method and a percent. PlanError: for a method or percent not allowed.
+    """
+    if way is None:
+        return None
+    if not isinstance(way, Mapping) or set(way) != {"method", "percent"}:
+        raise ConfigError(
+            f"actions.kv_compression has {way!r:.80}; an entry is null, or a method and the percent of a prompt's "
+            "bytes that stay, such as {method: ada_kv, percent: 70}"
+        )
+    return KVCompression(method=way["method"], percent=way["percent"])
+
+
+def _compression_name(way: KVCompression | None) -> str:
+    return "whole" if way is None else f"{way.method} {way.percent}%"
 
 
 def _limit_name(max_waiting: int | None, max_wait_s: float | None, max_running: int | None) -> str:
@@ -300,9 +356,11 @@ SERVE_ENTRIES = (
 
 EXTRA_ENTRIES = (
     Entry("level_streamed", "share", 0.0, 1.0, "how far along the numbers of streamed layers the present choice is"),
-    Entry("kv_bits", "bits / 16", 0.0, 1.0, "at which requests keep their KV from now on"),
+    Entry("kv_bits", "bits / 16", 0.0, 1.0, "at which requests keep their KV from now on; 0 for hidden states"),
     Entry("compute_bits", "bits / 16", 0.0, 1.0, "the most bits at which products run"),
     Entry("level_kv_only", "share", 0.0, 1.0, "how far along the numbers of layers in which prompts only write KV"),
+    Entry("kv_stays", "share", 0.0, 1.0, "of the bytes of a prompt's KV, when it is compressed from now on"),
+    Entry("ffn_width", "share", 0.0, 1.0, "of the channels of FFN blocks that the present choice runs"),
 )
 """Observed in addition where plans differ in them."""
 

@@ -10,50 +10,61 @@ import numpy as np
 import pytest
 
 from agents.envs.serve import ServeSetting
-from agents.evaluation import knobs, knobs_page
+from agents.evaluation import knob_search, knobs, knobs_page
 from sim.cost.memory import layer_weight_bytes, weight_bytes
-from sim.cost.plan import check_plan, dense_plan
-from sim.engine.server_spec import ServerSpec
+from sim.cost.model_spec import load_model
+from sim.cost.plan import Plan, check_plan, dense_plan
+from sim.engine.server_spec import ServerSpec, named_quality
+from sim.engine.steady_decode import steady_decode_s
 from sim.paths import RESULTS
+from sim.policies.observation.serve import serve_actions
 from tests.commands import exit_status
 
 SERVER = ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb", latency="llama2_7b_a100_trtllm")
 MODEL = SERVER.model
-TOKENS = 32 * 512
+REQUESTS, CONTEXT = 32, 512
+TOKENS = REQUESTS * CONTEXT
 
 
 def test_the_steps_of_a_knob_are_legal_and_free_more_and_more() -> None:
+    assert not knobs.all_steps(load_model("smollm2_135m"))[knobs.HIDDEN]
     for name, steps in knobs.all_steps(MODEL).items():
         for step in steps:
             check_plan(MODEL, step.plan)
-        freed = [knobs.freed_bytes(MODEL, step.plan, TOKENS) for step in steps]
+        freed = [knobs.freed_bytes(MODEL, step.plan, REQUESTS, CONTEXT) for step in steps]
         assert freed == sorted(freed), name
         assert freed[-1] > 0
-    assert knobs.freed_bytes(MODEL, dense_plan(MODEL), TOKENS) == 0
+    assert knobs.freed_bytes(MODEL, dense_plan(MODEL), REQUESTS, CONTEXT) == 0
 
 
 def test_bytes_freed_by_hand() -> None:
-    assert knobs.freed_bytes(MODEL, knobs.streaming(MODEL, 10), TOKENS) == 8 * layer_weight_bytes(MODEL)
+    assert knobs.freed_bytes(MODEL, knobs.streaming(MODEL, 10), REQUESTS, CONTEXT) == 8 * layer_weight_bytes(MODEL)
     eight = knobs.low_kv(MODEL, 0)
     # 16,384 bytes a token and layer at 16 bits; at 8 bits half, and 4 bytes for the keys and the values of 32 heads.
-    assert knobs.freed_bytes(MODEL, eight, TOKENS) == TOKENS * 32 * (16384 - (8192 + 2 * 4 * 32))
+    assert knobs.freed_bytes(MODEL, eight, REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - (8192 + 2 * 4 * 32))
     four = knobs.low_weights(MODEL, 3)
-    assert knobs.freed_bytes(MODEL, four, TOKENS) == 3 * (layer_weight_bytes(MODEL) - layer_weight_bytes(MODEL, 4))
+    assert knobs.freed_bytes(MODEL, knobs.keeping_hidden(MODEL), REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - 8192)
+    of_a_layer = layer_weight_bytes(MODEL) - layer_weight_bytes(MODEL, 4)
+    assert knobs.freed_bytes(MODEL, four, REQUESTS, CONTEXT) == 3 * of_a_layer
 
 
 def test_seconds_of_a_decode_iteration_by_hand() -> None:
     dense = dense_plan(MODEL)
-    assert knobs.decode_s(SERVER, dense, 32, 512) == pytest.approx(
+    assert steady_decode_s(SERVER, dense, 32, 512) == pytest.approx(
         SERVER.priced().iteration_s(dense, [], 32, TOKENS, 32)
     )
     # Twelve layers of 405 MB over 25 GB/s take longer than computing.
-    slow = knobs.decode_s(knobs.with_link(SERVER, 25e9), knobs.streaming(MODEL, 12), 32, 512)
+    slow = steady_decode_s(knobs.with_link(SERVER, 25e9), knobs.streaming(MODEL, 12), 32, 512)
     assert slow == pytest.approx(12 * layer_weight_bytes(MODEL) / 25e9)
     # Over a fast link their bytes take memory bandwidth from computing, and nothing else.
-    fast = knobs.decode_s(knobs.with_link(SERVER, 1e15), knobs.streaming(MODEL, 12), 32, 512)
+    fast = steady_decode_s(knobs.with_link(SERVER, 1e15), knobs.streaming(MODEL, 12), 32, 512)
     written_s = 12 * layer_weight_bytes(MODEL) / SERVER.gpu.memory_bandwidth_bytes_per_s
-    assert fast == pytest.approx(knobs.decode_s(SERVER, dense, 32, 512) + written_s, rel=0.01)
-    assert knobs.decode_s(SERVER, knobs.low_kv(MODEL, 32), 32, 512) < knobs.decode_s(SERVER, dense, 32, 512)
+    assert fast == pytest.approx(steady_decode_s(SERVER, dense, 32, 512) + written_s, rel=0.01)
+    assert steady_decode_s(SERVER, knobs.low_kv(MODEL, 32), 32, 512) < steady_decode_s(SERVER, dense, 32, 512)
+    # Keys and values of all contexts, computed again in every layer.
+    computed_s = 32 * 0.5 * SERVER.priced().linear_s("mha", 16, TOKENS)
+    again = steady_decode_s(SERVER, knobs.keeping_hidden(MODEL), 32, 512)
+    assert again == pytest.approx(steady_decode_s(SERVER, dense, 32, 512) + computed_s)
 
 
 def test_served_steps_are_different_legal_plans() -> None:
@@ -109,13 +120,56 @@ def test_knobs_are_compared_with_dropping_blocks_window_by_window() -> None:
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["W4", "1", "0", "1", "+0.100"]
 
 
+def test_any_one_plan_is_the_best_step_of_all_that_need_no_link() -> None:
+    steps = [knobs.Step(knob="W4", amount=f"{n} layers", plan=knobs.low_weights(MODEL, n)) for n in (8, 16)]
+    steps += [knobs.Step(knob=knob, amount="-", plan=dense_plan(MODEL)) for knob in ("dense", knobs.ADAPTING)]
+    steps += [knobs.Step(knob="streamed", amount="4 layers", plan=knobs.streaming(MODEL, 4))]
+    values = {("", 0): 0.5, ("", 1): 0.6, ("", 2): 0.3, ("", 3): 0.9, ("PCIe", 4): 0.8}
+    found = knobs.best_steps(
+        {key: np.array([value]) for key, value in values.items()},
+        {key: np.array([value / 2]) for key, value in values.items()},
+        steps,
+    )
+    assert found[knobs.ANY]["step"] == "W4: 16 layers"
+    assert found[knobs.ANY]["utility"] == pytest.approx(0.3)
+    assert found[knobs.ADAPTING]["utility"] == pytest.approx(0.45)
+
+
+def test_no_combination_within_both_bounds_loses_less() -> None:
+    quality = named_quality("llama2_7b_transferred")
+    dense_nll = quality.nll(dense_plan(MODEL))
+
+    def loss(plan: Plan) -> float:
+        return quality.nll(plan) - dense_nll
+
+    rows = knob_search.combined({"PCIe": knobs.with_link(SERVER, 25e9)}, {"q": loss}, [32], 512, [4.0, 40.0])
+    assert [row["times_dense"] for row in rows] == 2 * list(knob_search.TIMES_DENSE)
+    dense_s = steady_decode_s(SERVER, dense_plan(MODEL), 32, 512)
+    options = knob_search.grid_options(
+        MODEL, streaming=False, hidden=True
+    )  # streaming is too slow here for all of these bounds
+    for row in rows[:3]:
+        within = [
+            loss(plan)
+            for plan in serve_actions(MODEL, **options).plans
+            if knobs.freed_bytes(MODEL, plan, 32, 512) >= 4e9
+            and steady_decode_s(SERVER, plan, 32, 512) <= row["times_dense"] * dense_s
+        ]
+        assert row["best"]["q"]["loss_nats"] <= min(within) + 1e-12
+        assert row["best"]["q"]["times_dense"] <= row["times_dense"]
+    assert rows[0]["best"]["q"]["plan"] == "KV8"
+    assert all(row["best"]["q"] is None and row["allowed"] == 0 for row in rows[3:])  # 40 GB are more than there are
+
+
 def test_the_command_writes_its_figures_a_page_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["sources=[gamma]", "windows=1", "shares=[1.187]", "loads=[0.5]", f"out={tmp_path}"]
     monkeypatch.setattr("sys.argv", ["knobs", *options, "qualities=[llama2_7b_transferred]"])
     knobs.main()
     figures = json.loads((tmp_path / "knobs.json").read_text(encoding="utf-8"))
     (cell,) = figures["by_load"]
-    assert {"dense", "dropped blocks", "W4", "KV bits", "streamed, PCIe 4.0"} <= set(cell["knobs"])
+    assert {"dense", "dropped blocks", "W4", "KV bits", "compressed KV", "streamed, PCIe 4.0"} <= set(cell["knobs"])
+    assert {"any one plan", "least loss, adapting"} <= set(cell["knobs"])
+    assert cell["knobs"]["least loss, adapting"]["utility"] > cell["knobs"]["dense"]["utility"]
     assert knobs_page.page(figures) == (tmp_path / "index.md").read_text(encoding="utf-8")
     assert (tmp_path / "knobs.png").stat().st_size > 10_000
 

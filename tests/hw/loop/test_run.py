@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="the real model needs torch: pip install -e 
 
 from hw.calibrate.calibration import calibration_content
 from hw.loop.judged_runs import missing_runs
+from hw.loop.predictions import predicted_utility
 from hw.loop.run import _loop
 from hw.loop.settings import run_config
 from hw.validate.machine_speed import MachineFactors, machine_factors, run_speeds
@@ -125,8 +126,15 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     assert speeds == run_speeds(content["references"], plain, load_model("tiny"), machine)
     assert len(speeds) == 3
     assert {policy: len(found) for policy, found in at_speeds.items()} == {"dense": 3, "low": 3}
+    # The prediction is the mean of these; where there are none, the utility at the frozen speed.
+    mean = sum(at_speeds["low"]) / 3
+    assert predicted_utility(content, "one", "low") == pytest.approx(mean)
+    frozen = content["outcomes"]["one"]["low"]["utility"]
+    assert predicted_utility(content | {"utility_at_run_speeds": {}}, "one", "low") == frozen
     noted = [*settings, "measure=true", "repeats=1", "note='Others used the machine.'"]
     assert _loop(compose_config("hw_loop", noted)) in (0, 1)
+    judged = json.loads((tmp_path / "out" / "loop.json").read_text(encoding="utf-8"))["verdict"]["level"]["cells"]
+    assert [row["simulated"] for row in judged if row["policy"] == "low"] == [pytest.approx(mean)]
     for side in ("sim/one/low", "real/one/low/hw0"):
         config = OmegaConf.load(tmp_path / "runs" / side / "config.yaml")
         assert config.latency == str(tmp_path / "runs" / "calibration.json")
@@ -139,7 +147,7 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
         every = [*at_speeds[cell["policy"]], cell["simulated"]]
         assert (cell["least"], cell["most"]) == (min(every), max(every))
         assert cell["in_range"] == (min(every) <= cell["real"] <= max(every))
-    assert re.search(r"The mean of the repeats lies in it in \d of 2 cells", text)
+    assert re.search(r"the mean of the repeats lies in it in \d of 2 cells", text)
 
 
 def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sim.cost.added_losses import AddedLosses
 from sim.cost.kv_only_loss import KVOnlyLoss, kv_only_layers, read_kv_only_loss
 from sim.cost.latency import LatencyModel, load_calibration
 from sim.cost.model_spec import load_model
@@ -171,13 +172,14 @@ def test_what_was_not_measured_is_refused_and_charged_as_unknown() -> None:
         with pytest.raises(CalibrationError, match="prompts only write KV is not known of llama2_7b"):
             quality.nll(plan)
         assert math.isnan(quality.charge(plan))
-    measured = replace(load_quality("smollm2_135m"), kv_only_loss=None)  # type: ignore[type-var]
+    measured = replace(load_quality("smollm2_135m"), added=AddedLosses())  # type: ignore[type-var]
     model = load_model("smollm2_135m")
     some = static_plan(model, kv_only=[29])
-    with pytest.raises(CalibrationError, match=r"was not measured on smollm2_135m; .*hw\.score kind=pop"):
+    with pytest.raises(CalibrationError, match=r"is not known of smollm2_135m; .*hw\.score kind=pop"):
         measured.nll(some)
     assert math.isnan(measured.charge(some))
-    known = replace(measured, kv_only_loss=KVOnlyLoss("smollm2_135m", tuple(range(29, -1, -1)), (0.25,)))  # type: ignore[type-var]
+    costs = KVOnlyLoss("smollm2_135m", tuple(range(29, -1, -1)), (0.25,))
+    known = replace(measured, added=AddedLosses(kv_only=costs))  # type: ignore[type-var]
     dense = dense_plan(model)
     assert known.nll(some) == pytest.approx(measured.nll(dense) + 0.25)
     assert math.isnan(known.charge(static_plan(model, kv_only=[28])))

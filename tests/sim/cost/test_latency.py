@@ -156,8 +156,10 @@ def test_an_iteration_takes_no_less_than_a_slow_host_needs_to_launch_it() -> Non
     assert fast.iteration_s(plan, *few) < 2e-3 < fast.iteration_s(plan, *much)
     assert slow.iteration_s(plan, *few) == 2e-3
     assert slow.iteration_s(plan, *much) == fast.iteration_s(plan, *much)
-    rows = np.array([[32, 0, 0, 0, 1, 16, 1, 0]])
+    rows = np.array([[32, 0, 0, 0, 1, 16, 1, 0, 0, 0]])
     assert slow.layered_iteration_s(rows, 1, 1) == 2e-3 > fast.layered_iteration_s(rows, 1, 1)
+    with pytest.raises(CalibrationError, match="rows of 9 columns; they need 10"):
+        fast.layered_iteration_s(rows[:, :9], 1, 1)
     written = calibration_from_dict(deepcopy(TOY) | {"host_floor_us": 2000.0})
     assert written.iteration_s(plan, *few) == 2e-3
     with pytest.raises(CalibrationError, match="host_floor_s is nan"):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sim.cost.ffn_width import FFN_WIDTHS
 from sim.cost.plan import KV_KEEP_ALL, KV_METHODS, KeepMask, KVCompression, KVKeep, Plan, describe, nested_bits
 from sim.cost.plan_text import most_layer, plan_from_text
 from sim.errors import PlanError
@@ -37,6 +38,7 @@ def plans(draw: st.DrawFn) -> Plan:
         kv_bits=tuple(draw(st.lists(st.sampled_from([16, 8, 4]), min_size=LAYERS, max_size=LAYERS))),
         streamed=tuple(draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))),
         kv_only=tuple(draw(st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS))),
+        ffn_width=tuple(draw(st.lists(st.sampled_from(FFN_WIDTHS), min_size=LAYERS, max_size=LAYERS))),
         kv_compression=draw(
             st.none() | st.builds(KVCompression, method=st.sampled_from(KV_METHODS), percent=st.integers(51, 99))
         ),
@@ -64,6 +66,7 @@ def test_the_highest_layer_of_a_description_is_found(plan: Plan) -> None:
         or plan.kv_bits[layer] != 16
         or plan.streamed[layer]
         or plan.kv_only[layer]
+        or plan.ffn_width[layer] != 8
     ]
     assert most_layer(describe(plan)) == max(differs, default=-1)
 

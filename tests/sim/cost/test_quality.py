@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sim.cost.added_losses import AddedLosses
 from sim.cost.kv_loss import KVLoss, read_kv_loss
 from sim.cost.model_spec import load_model
 from sim.cost.plan import KeepMask, KVKeep, Plan, dense_plan, drop, with_mask
@@ -161,42 +162,42 @@ def test_an_unpublished_loss_is_refused_where_it_decides_and_unknown_where_it_is
 
 def test_quantized_kv_costs_what_its_layers_cost_beside_anything_else(fitted: FittedQuality) -> None:
     rng = np.random.default_rng(3)
-    assert fitted.kv_loss is not None
+    assert fitted.added.kv_bits is not None
     for _ in range(20):
         plan = some_plan(rng)
         full = replace(plan, kv_bits=())
-        costs = {16: (0.0,) * LAYERS, 8: fitted.kv_loss.at_8, 4: fitted.kv_loss.at_4}
+        costs = {16: (0.0,) * LAYERS, 8: fitted.added.kv_bits.at_8, 4: fitted.added.kv_bits.at_4}
         own = sum(costs[bits][i] for i, bits in enumerate(plan.kv_bits) if plan.decode.mha[i])
         assert fitted.loss(plan) == pytest.approx(min(fitted.loss(full) + own, fitted.max_loss))
-    assert sum(fitted.kv_loss.at_8) < sum(fitted.kv_loss.at_4)
+    assert sum(fitted.added.kv_bits.at_8) < sum(fitted.added.kv_bits.at_4)
 
 
 def test_quantized_kv_that_was_not_measured_is_refused_and_charged_nothing_known(fitted: FittedQuality) -> None:
-    unknown = replace(fitted, kv_loss=None)
+    unknown = replace(fitted, added=AddedLosses())
     quantized = replace(dense_plan(SPEC), kv_bits=(8,) * LAYERS)
-    with pytest.raises(CalibrationError, match=r"was not measured on smollm2_135m; .*hw\.score kind=kv_bits"):
+    with pytest.raises(CalibrationError, match=r"of smollm2_135m; leave kv_bits at 16, or .*hw\.score kind=kv_bits"):
         unknown.nll(quantized)
     assert math.isnan(unknown.charge(quantized))
     nothing_left = replace(quantized, decode=KeepMask(mha=(False,) * LAYERS, ffn=quantized.decode.ffn))
     assert unknown.loss(nothing_left) == unknown.loss(replace(nothing_left, kv_bits=()))
     llama = dense_plan(load_model("llama2_7b"))
     eight = replace(llama, kv_bits=(8,) * 32)
-    with pytest.raises(CalibrationError, match="KV at 8 and 4 bits costs llama2_7b is not known here"):
+    with pytest.raises(CalibrationError, match="KV at 8 and 4 bits costs is not known of llama2_7b"):
         load_quality("llama2_7b_published").nll(eight)
     assert math.isnan(load_quality("llama2_7b_published").charge(eight))
 
 
 def test_a_transferred_cost_of_kv_is_the_same_at_the_same_depth(fitted: FittedQuality) -> None:
     llama, quality = dense_plan(load_model("llama2_7b")), load_quality("llama2_7b_transferred")
-    assert fitted.kv_loss is not None
+    assert fitted.added.kv_bits is not None
     found = quality.nll(replace(llama, kv_bits=(4,) * 32)) - quality.nll(llama)
-    assert found == pytest.approx(sum(fitted.kv_loss.at_4))
+    assert found == pytest.approx(sum(fitted.added.kv_bits.at_4))
     assert "KV at 8 and 4 bits" in quality.summary()
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 15, 29, 30, 31, 60, 80])
 def test_a_transferred_cost_of_kv_has_the_same_total_up_to_any_depth(fitted: FittedQuality, layers: int) -> None:
-    measured = fitted.kv_loss
+    measured = fitted.added.kv_bits
     assert measured is not None
     resampled = measured.resampled(layers)
     for ours, theirs in ((resampled.at_8, measured.at_8), (resampled.at_4, measured.at_4)):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import sim.cost.quality as quality_module
+from sim.cost.added_losses import AddedLosses
 from sim.cost.model_spec import load_model
-from sim.cost.plan import Plan, dense_plan, drop, with_mask
+from sim.cost.plan import KVCompression, Plan, dense_plan, drop, with_mask
 from sim.cost.quality import FittedQuality, PublishedQuality, TransferredQuality, load_quality
 from sim.errors import CalibrationError
 
@@ -137,8 +138,20 @@ def test_it_says_that_it_is_an_assumption() -> None:
 
 def test_it_says_whether_the_loss_of_quantized_kv_is_known() -> None:
     known = transferred()
-    assert "that of KV at 8 and 4 bits assumed to be that of smollm2_135m" in known.summary()
-    assert "that of KV at 8 and 4 bits not known" in replace(known, kv_loss=None).summary()
+    assert "what KV at 8 and 4 bits costs is assumed to be that of smollm2_135m" in known.summary()
+    assert "what layers cost in which prompts only write KV is not known" in known.summary()
+    assert "what KV at 8 and 4 bits costs is not known" in replace(known, added=AddedLosses()).summary()
+
+
+def test_compressed_kv_costs_what_it_costs_the_measured_model_at_the_same_share_of_its_bytes() -> None:
+    known, theirs, small = transferred(), profile(), dense_plan(load_model("smollm2_135m"))
+    for method, percent in (("ada_kv", 70), ("think", 80), ("lorc", 85)):
+        held = KVCompression(method=method, percent=percent)
+        ours = known.nll(replace(DENSE, kv_compression=held)) - known.nll(DENSE)
+        assert ours == pytest.approx(theirs.loss(replace(small, kv_compression=held)))
+        assert ours > 0.0
+    with pytest.raises(CalibrationError, match="ada_kv to 20 %"):
+        known.nll(replace(DENSE, kv_compression=KVCompression(method="ada_kv", percent=20)))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sim.cluster.outages import Outage
+from sim.cost.ffn_width import FFN_WIDTHS, LEAST_CHANNELS
 from sim.cost.latency import LatencyModel
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.model_spec import ModelSpec
@@ -25,6 +26,9 @@ from tests.sim.engine.kernel_cases import irregular_latency, schedules_ahead, wi
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
 from tests.sim.shrink import shrunk_case, without_some
+
+WIDE = replace(TINY, intermediate_size=4 * LEAST_CHANNELS)
+"""The tiny model with FFN blocks that can be cut, also on one of four GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,8 @@ class DisaggregatedCase:
     @property
     def model(self) -> ModelSpec:
         """What one of the ``tp`` GPUs of a replica holds; without ``gqa`` every query head has its own KV."""
-        return (TINY if self.gqa else without_gqa(TINY)).shard(self.tp)
+        whole = WIDE if self.plan.cuts_ffn else TINY
+        return (whole if self.gqa else without_gqa(whole)).shard(self.tp)
 
     def trace(self) -> Trace:
         """Return the requests as a trace."""
@@ -97,13 +102,16 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
     if later and lower.random() < 0.4:
         weights = [int(each) for each in lower.choice([16, 8, 4], TINY.num_layers)]
         kv |= {"weight_bits": weights, "compute_bits": [max(each // 2, 4) for each in weights]}
+    narrow = np.random.default_rng([seed, 23])
+    if later and narrow.random() < 0.4:
+        kv["ffn_width"] = [int(each) for each in narrow.choice(FFN_WIDTHS, TINY.num_layers)]
     compressing = np.random.default_rng([seed, 20])
     if later and "kv_layers" not in kv and compressing.random() < 0.5:
         kv |= {"kv_method": str(compressing.choice(KV_METHODS)), "kv_percent": int(compressing.integers(51, 100))}
     case = DisaggregatedCase(
         requests=tuple(rows),
         plan=static_plan(
-            TINY,
+            WIDE if "ffn_width" in kv else TINY,
             drop_mha=mha,
             drop_ffn=mha[:1],
             prefill_drop_mha=mha[:1],

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sim.cost.ffn_width import FFN_WIDTHS, LEAST_CHANNELS
 from sim.cost.latency import LatencyModel, calibration_from_dict
 from sim.cost.memory import budget_for_kv_blocks, layer_weight_bytes
 from sim.cost.model_spec import ModelSpec
@@ -49,11 +50,13 @@ class Case:
     charges_cut_kv: bool = False
     tp: int = 1
     gqa: bool = True
+    intermediate_size: int = TINY.intermediate_size
 
     @property
     def model(self) -> ModelSpec:
         """What one of the ``tp`` GPUs holds; without ``gqa`` every query head has its own keys and values."""
-        return (TINY if self.gqa else without_gqa(TINY)).shard(self.tp)
+        whole = replace(TINY, intermediate_size=self.intermediate_size)
+        return (whole if self.gqa else without_gqa(whole)).shard(self.tp)
 
     def hash_ids(self, prompt: int, output: int) -> tuple[int, ...]:
         """Return the hash ids of a prompt: the first are shared with other prompts, the others are its own."""
@@ -102,6 +105,7 @@ def quality_nll(plan: Plan) -> float:
     lower = zip(plan.product_bits, plan.weight_bits, strict=True)
     score += sum(0.0005 * (4 + layer) * (bits - less) for layer, (less, bits) in enumerate(lower))
     score += sum(0.0007 * (3 + layer) * kv_only for layer, kv_only in enumerate(plan.kv_only))
+    score += sum(0.0011 * (5 + layer) * (8 - width) for layer, width in enumerate(plan.ffn_width))
     if (used := plan.kv_compression) is not None:
         score += 0.0009 * (100 - used.percent) + 0.002 * KV_METHODS.index(used.method)
     return score + sum(0.5 * (not keep) for keep in (*plan.prefill.mha, *plan.prefill.ffn))
@@ -333,6 +337,31 @@ def with_kv_hidden(seed: int, case: Case) -> Case:
     return replace(_with_plans(case, hiding), gqa=False)
 
 
+def with_ffn_width(seed: int, case: Case) -> Case:
+    """Return the case of a seed with plans that cut FFN blocks of more channels, often to several widths in turn.
+
+    Its own stream, as above.
+    """
+    rng = np.random.default_rng([seed, 23])
+    if rng.random() < 0.6:
+        return case
+
+    def cutting(plan: Plan) -> Plan:
+        few = rng.choice(FFN_WIDTHS, TINY.num_layers)
+        return replace(plan, ffn_width=tuple(int(w) for w in few) if rng.random() < 0.7 else ())
+
+    wide = replace(case, intermediate_size=LEAST_CHANNELS * case.tp)
+    speed = link_factor(wide) * case.host_to_device_bytes_per_s
+    return _with_plans(replace(wide, host_to_device_bytes_per_s=speed), cutting)
+
+
+def link_factor(case: Case) -> float:
+    """Return how much faster the host link of a case is: as much as FFN blocks that can be cut have more bytes."""
+    return (
+        case.model.intermediate_size / TINY.intermediate_size if case.intermediate_size > TINY.intermediate_size else 1
+    )
+
+
 def with_tp(seed: int, case: Case) -> Case:
     """Return the case of a seed with its model divided among GPUs, and a slow host; its own stream, as above."""
     rng = np.random.default_rng([seed, 15])
@@ -359,8 +388,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
             the engine up, plans that limit how long a request may wait, quantize KV, stream layers, let prompts only
-            write KV, compute below their resident bits or keep hidden states, and a model that is divided among GPUs,
-            or has no GQA. Cut KV then costs something too.
+            write KV, compute below their resident bits, keep hidden states or cut FFN blocks, and a model that is
+            divided among GPUs, or has no GQA. Cut KV then costs something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -429,7 +458,8 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     if not later:
         return case
     case = with_kv_only(seed, with_tp(seed, with_streams(seed, with_kv_bits(seed, with_waits(seed, case)))))
-    return with_kv_hidden(seed, with_kv_compression(seed, with_compute_bits(seed, case)))
+    case = with_kv_hidden(seed, with_kv_compression(seed, with_compute_bits(seed, case)))
+    return with_ffn_width(seed, case)
 
 
 def serve(kind: type[SimEngine] | type[PlainEngine], case: Case) -> tuple[Any, list[EngineState]]:

@@ -50,7 +50,8 @@ def random_case(seed: int) -> Case:
     more = {time_s: several[int(rng.integers(len(several)))] for time_s in times}
     case = replace(case, plans=tuple(sorted({**dict(case.plans), **more}.items(), key=lambda pair: pair[0])))
     case = kernel_cases._with_plans(case, streaming)
-    return replace(case, host_to_device_bytes_per_s=float(rng.choice([2e3, 2e4, 1e5, 1e6])))
+    speed = kernel_cases.link_factor(case) * float(rng.choice([2e3, 2e4, 1e5, 1e6]))
+    return replace(case, host_to_device_bytes_per_s=speed)
 
 
 def differences(case: Case) -> list[str]:

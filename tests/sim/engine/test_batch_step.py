@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sim.cost.ffn_width import LEAST_CHANNELS
 from sim.cost.plan import KV_KEEP_ALL
 from sim.engine import batch_step
 from sim.engine.batch_step import VectorEngines
@@ -60,10 +61,17 @@ def test_engines_stepped_together_serve_as_on_simpy(first: int, memory: int, mon
     plans = [random_plan(rng) for _ in range(5)]
     if not shared.gqa:
         plans[:3] = [replace(plan, kv_hidden=set(plan.kv_keep) == {KV_KEEP_ALL}) for plan in plans[:3]]
+    cuts = shared.intermediate_size >= LEAST_CHANNELS
+    if cuts:
+        plans[2:] = [replace(plan, ffn_width=(5, 7, 8)) for plan in plans[2:]]
     for seed in range(first, first + 4):
-        case = replace(random_case(seed), tp=shared.tp, gqa=shared.gqa)  # they share a plan graph: one model's
+        # They share a plan graph, which is that of one model.
+        size = shared.intermediate_size
+        case = replace(random_case(seed), tp=shared.tp, gqa=shared.gqa, intermediate_size=size)
         if shared.gqa:
             case = replace(case, first_plan=replace(case.first_plan, kv_hidden=False))
+        if not cuts:
+            case = replace(case, first_plan=replace(case.first_plan, ffn_width=()))
         try:
             build(case)
             cases.append(case)

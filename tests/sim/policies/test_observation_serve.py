@@ -14,10 +14,10 @@ import pytest
 
 from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import load_model
-from sim.cost.plan import dense_plan
+from sim.cost.plan import KVCompression, dense_plan
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
-from sim.errors import ConfigError, RapLabError
+from sim.errors import ConfigError, PlanError, RapLabError
 from sim.policies.observation.serve import (
     SERVE_ENTRIES,
     SERVER_ENTRIES,
@@ -241,7 +241,7 @@ def test_a_table_may_have_streamed_layers_and_bits_of_kv() -> None:
     for wrong in ((2,), (33,), (-1,)):
         with pytest.raises(RapLabError, match="streamed"):
             serve_actions(MODEL, streamed=wrong)
-    with pytest.raises(ConfigError, match=r"kv_bits \[\], .*streamed \[0\]; each list needs an entry"):
+    with pytest.raises(ConfigError, match=r"kv_bits \[\], .*streamed \[0\], ffn_width \[8\]; each list needs an entry"):
         serve_actions(MODEL, kv_bits=())
 
 
@@ -262,6 +262,52 @@ def test_a_table_may_have_products_at_fewer_bits_and_prompts_that_only_write_kv(
         serve_actions(MODEL, compute_bits=(12,))
     with pytest.raises(ConfigError, match=r"actions.kv_only is \[33\]"):
         serve_actions(MODEL, kv_only=(33,))
+
+
+def test_a_table_may_have_compressed_kv() -> None:
+    way = {"method": "ada_kv", "percent": 70}
+    made = serve_actions(MODEL, waits=(0.5, 0.9), kv_bits=(16, 8), kv_compression=(None, way))
+    assert [entry.name for entry in made.extra_entries] == ["level_streamed", "kv_bits", "kv_stays"]
+    assert made.heads == (1, 2 * 2 * 2)
+    for number, plan in enumerate(made.plans):
+        held = (None, KVCompression(method="ada_kv", percent=70))[number // 2 % 2]
+        assert plan.kv_compression == held
+        assert made.extras[number][2] == (0.7 if held else 1.0)
+    assert made.names[2] == "drop 0, W4 0, queue any, wait 0.5 s, KV16, KV ada_kv 70%"
+    assert made.names[0].endswith("KV whole")
+    for wrong in ("ada_kv", {"method": "ada_kv"}, {"method": "ada_kv", "percent": 70, "layers": 3}):
+        with pytest.raises(ConfigError, match="an entry is null, or a method and the percent"):
+            serve_actions(MODEL, kv_compression=(wrong,))  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="there is no way"):
+        serve_actions(MODEL, kv_compression=({"method": "zip", "percent": 70},))
+
+
+def test_hidden_states_are_one_of_the_ways_to_keep_kv() -> None:
+    made = serve_actions(MODEL, kv_bits=(16, "hidden"), kv_compression=(None, {"method": "think", "percent": 90}))
+    assert [plan.kv_hidden for plan in made.plans] == [False, False, True]  # hidden states are not compressed
+    assert [values[1] for values in made.extras] == [1.0, 1.0, 0.0]
+    assert made.names[2] == "drop 0, W4 0, queue any, KV hidden, KV whole"
+    with pytest.raises(ConfigError, match=r"actions.kv_bits is \['hid'\]; allowed are 16, 8, 4 and hidden"):
+        serve_actions(MODEL, kv_bits=("hid",))
+    with pytest.raises(PlanError, match="no GQA"):
+        serve_actions(load_model("smollm2_135m"), kv_bits=("hidden",))
+
+
+def test_a_table_may_have_narrower_ffn_blocks() -> None:
+    made = serve_actions(
+        MODEL, order=["MHA25"], drops=(0, 1), low_layers=(0, 32), waits=(0.5, 0.9), ffn_width=(8, 6), start_drops=1
+    )
+    assert made.heads == (2 * 2 * 2, 2)
+    assert [entry.name for entry in made.extra_entries] == ["ffn_width"]
+    for number, plan in enumerate(made.plans):
+        assert set(plan.ffn_width) == {(8, 6)[number // 2 % 2]}
+        assert made.extras[number] == ((1.0, 0.75)[number // 2 % 2],)
+    assert made.names[2] == "drop 0, W4 0, queue any, wait 0.5 s, FFN 6/8"
+    low, dropping = (made.plans[at] for at in made.starts)
+    assert (set(low.weight_bits), set(low.ffn_width), all(low.decode.mha)) == ({4}, {8}, True)
+    assert (set(dropping.weight_bits), set(dropping.ffn_width), dropping.decode.mha[25]) == ({16}, {8}, False)
+    with pytest.raises(ConfigError, match=r"actions.ffn_width is \[4\]; allowed are 8, 7, 6 and 5"):
+        serve_actions(MODEL, ffn_width=(4,))
 
 
 def test_streamed_layers_and_bits_of_kv_are_observed_last_where_plans_differ_in_them() -> None:

@@ -115,6 +115,9 @@ def test_states_of_blocks_say_bits_and_what_only_prefill_keeps() -> None:
     assert writing[:5] == [series.DROPPED, series.KV_ONLY, series.KV_ONLY, series.BITS_16, series.KV_ONLY]
     lower = series.block_states(plan_from_text("-MHA 0; W8 2-3; compute8 0-1; compute4 2", 4)).tolist()
     assert lower[:4] == [series.DROPPED, series.NESTED, series.NESTED, series.BITS_8]
+    narrow = series.block_states(plan_from_text("-FFN 0; W8 2; streamed 1; FFN6/8 0-2", 4)).tolist()
+    assert narrow[:4] == [series.BITS_16, series.STREAMED, series.BITS_8, series.BITS_16]
+    assert narrow[4:] == [series.DROPPED, series.STREAMED, series.NARROW, series.BITS_16]
 
 
 def many_changes(run: RunData, number: int) -> RunData:
