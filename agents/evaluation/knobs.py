@@ -5,7 +5,7 @@ A **knob** is one way to free memory; its **steps** are plans that free more and
     dropped blocks   the first n blocks of the model's order (RAP, BlockPruner)
     W4               the first n layers at 4 bits (MorphServe)
     KV bits          KV at 8 bits, and at 4 bits in the first n layers (KIVI)
-    FFN width        n eighths of the channels of all FFN blocks run (AmoebaLLM)
+    narrow FFN       FFN blocks at 7/8, then 3/4, then 5/8 of their channels, the last n layers first (AmoebaLLM)
     hidden states    in place of keys and values, which decodes compute again (Apt-Serve; only models without GQA)
     compressed KV    n percent of the bytes of a prompt's KV stay (Ada-KV, or ThinK where that loses less)
     streamed         n layers, at equal distances, cross the host link in every iteration (Oneiros)
@@ -63,7 +63,7 @@ Loss = Callable[[Plan], float]
 """Returns the nats per token that a plan costs."""
 DENSE = "dense"
 STREAMED = "streamed"
-NARROW = "FFN width"
+NARROW = "narrow FFN"
 HIDDEN = "hidden states"
 COMPRESSED = "compressed KV"
 ANY = "any one plan"
@@ -144,9 +144,9 @@ def streaming(model: ModelSpec, count: int) -> Plan:
     return replace(dense_plan(model), streamed=tuple(layer in layers for layer in range(model.num_layers)))
 
 
-def narrow(model: ModelSpec, width: int) -> Plan:
-    """Return the plan that runs this many eighths of the channels of every FFN block."""
-    return replace(dense_plan(model), ffn_width=(width,) * model.num_layers)
+def narrow_ffn(model: ModelSpec, width: int, count: int) -> Plan:
+    """Return the plan whose last layers have FFN blocks of a width in eighths, and the others one eighth more."""
+    return replace(dense_plan(model), ffn_width=(width + 1,) * (model.num_layers - count) + (width,) * count)
 
 
 def keeping_hidden(model: ModelSpec) -> Plan:
@@ -173,7 +173,11 @@ def all_steps(model: ModelSpec) -> dict[str, list[Step]]:
             Step(knob="KV bits", amount=f"4 bits in {n}, 8 in {model.num_layers - n} layers", plan=low_kv(model, n))
             for n in (0, *layers)
         ],
-        NARROW: [Step(knob=NARROW, amount=f"{width}/8", plan=narrow(model, width)) for width in FFN_WIDTHS[1:]],
+        NARROW: [
+            Step(knob=NARROW, amount=f"{width}/8 in {_count(n, 'layer')}", plan=narrow_ffn(model, width, n))
+            for width in FFN_WIDTHS[1:]
+            for n in layers
+        ],
         HIDDEN: [Step(knob=HIDDEN, amount="all layers", plan=keeping_hidden(model))] if model.hidden_halves_kv else [],
         COMPRESSED: [
             Step(knob=COMPRESSED, amount=f"{percent} %", plan=compressing(model, percent)) for percent in PERCENTS
@@ -197,7 +201,7 @@ def served_steps(model: ModelSpec) -> list[Step]:
     steps += [every["dropped blocks"][n - 1] for n in blocks]
     steps += [every["W4"][n - 1] for n in (quarter, 2 * quarter, 3 * quarter, total)]
     steps += [every["KV bits"][n] for n in (0, total // 2, total)]
-    steps += every[NARROW] + every[HIDDEN]
+    steps += every[NARROW][total - 1 :: total] + every[HIDDEN]
     steps += [every[COMPRESSED][PERCENTS.index(percent)] for percent in (90, 70, 50, 30)]
     counts = [n for n in (4, 6, 8, 12, 16, 24, total) if LEAST_STREAMED <= n <= total]
     steps += [every[STREAMED][n - LEAST_STREAMED] for n in sorted(set(counts))]
@@ -206,6 +210,7 @@ def served_steps(model: ModelSpec) -> list[Step]:
         pairs = [("W4 and KV bits", f"{total} layers", low_weights(model, total))]
         pairs += [(f"{STREAMED} and KV bits", f"{c} layers", streaming(model, c)) for c in (4, 8, 16) if c <= total]
         pairs += [("dropped blocks and KV bits", f"{c} blocks", dropped(model, c)) for c in blocks[:3]]
+        pairs += [(f"{NARROW} and KV bits", f"{w}/8", narrow_ffn(model, w, total)) for w in FFN_WIDTHS[1:]]
         steps += [
             Step(knob=knob, amount=f"{amount}, KV at {bits}", plan=replace(plan, kv_bits=kv_bits))
             for knob, amount, plan in pairs

@@ -134,7 +134,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        refuse_simulated(plan)
+        check_real_plan(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -406,13 +406,13 @@ class ElasticModel:
         return weights
 
 
-def refuse_simulated(plan: Plan, *, hidden: bool | None = None) -> None:
-    """Check that a plan has nothing that is simulated only: cut FFN blocks, compressed KV, a change to hidden states.
+def check_real_plan(plan: Plan, *, hidden: bool | None = None) -> None:
+    """Check that the real engine can run a plan, and store what it keeps of a prompt.
 
     Args:
         hidden: whether an engine stores hidden states in place of keys and values; None: that of the plan.
     Raises:
-        PlanError: if it has, or keeps the other of the two.
+        PlanError: for cut FFN blocks, for compressed KV, and for a plan that keeps the other of the two.
     """
     if plan.cuts_ffn:
         raise PlanError(

@@ -22,7 +22,7 @@ from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
 from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.kv_storage import ArenaStorage
-from hw.elastic.model import ElasticModel, refuse_simulated
+from hw.elastic.model import ElasticModel, check_real_plan
 from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
@@ -207,7 +207,7 @@ class HwEngine(Replica):
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
-            check_bits=partial(refuse_simulated, hidden=plan.kv_hidden),
+            check_bits=partial(check_real_plan, hidden=plan.kv_hidden),
             late_arrivals=True,
             on_token=on_token,
             holds=holds,
@@ -318,7 +318,7 @@ def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) ->
     else:
         later = list(plans)
         for one in later:  # or it would be refused in the middle of a run
-            refuse_simulated(one, hidden=plan.kv_hidden)
+            check_real_plan(one, hidden=plan.kv_hidden)
         elastic.prepare_for([plan, *later])
     elastic.apply(plan)
 

@@ -410,7 +410,8 @@ def _check_hidden(model: ModelSpec, plan: Plan) -> None:
             f"plan.kv_hidden keeps hidden states, which take {model.hidden_bytes_per_token_layer} bytes a token of "
             f"each layer of {model.name}, in place of keys and values, which take {model.kv_bytes_per_token_layer}; it "
             "needs half of them: a model on one GPU in which every query head has its own keys and values (no GQA), at "
-            "16 bits; leave kv_hidden out, or use kv_bits"
+            "16 bits; use KV at fewer bits (kv_bits, policy=kv_precision) in place of kv_hidden, hidden in lists of "
+            "kv_bits, policy=hidden_cache or policy=apt_serve"
         )
     if set(plan.kv_keep) != {KV_KEEP_ALL} or set(plan.kv_bits) != {16} or plan.kv_compression is not None:
         raise PlanError(

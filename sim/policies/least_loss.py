@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -97,11 +99,13 @@ class LeastLoss:
         return self.tpot_s is None or self.decode_s(state, action) <= self.tpot_s
 
     def decode_s(self, state: EngineState, action: int) -> float:
-        """Return the seconds of a decode iteration of the running requests, as fast as the server turned out to be."""
-        if not state.running:
-            return 0.0
+        """Return the seconds of a decode iteration of the running requests, as fast as the server turned out to be.
+
+        Where none runs: of one request that begins.
+        """
+        running = max(1, state.running)
         # Loads are rounded up to two digits, so that prices can be kept.
-        batch, context = _rounded_up(state.running), _rounded_up(state.running_tokens // state.running + 1)
+        batch, context = _rounded_up(running), _rounded_up(state.running_tokens // running + 1)
         key = (action, batch, context)
         if key not in self.prices:
             if len(self.prices) >= MOST_PRICES:
@@ -114,16 +118,17 @@ class LeastLoss:
         """Return the number of the best plan.
 
         That of the least loss which fits and is in time; if none is in time, the fastest that fits; if none fits, the
-        one that holds least for the demand. Of equal losses the one with fewer bytes, and of equal bytes the first.
+        one that holds least for the demand. Of equal losses the fastest, then the one with fewer bytes of weights, then
+        the first: streamed layers and hidden states lose nothing, but take time.
         """
         if not fits.any():
             return int(np.where(legal, self.held_bytes(state), np.inf).argmin())
         candidates: list[int] = [action for action in self.order if fits[action]]
-        for action in candidates:
-            if self.in_time(state, action):
-                return action
-        fastest: int = min(candidates, key=lambda each: self.decode_s(state, each))
-        return fastest
+        seconds = partial(self.decode_s, state)
+        for _, alike in groupby(candidates, key=self.losses.__getitem__):
+            if timely := [action for action in alike if self.in_time(state, action)]:
+                return min(timely, key=seconds)
+        return min(candidates, key=seconds)
 
 
 def _rounded_up(count: int) -> int:
@@ -150,11 +155,12 @@ def least_loss(
     Raises:
         ConfigError: for numbers out of range, if there is no model of the server, or for a plan whose loss is unknown.
     """
-    if not headroom >= 1.0 or not (is_whole(patience) and patience >= 1) or not waiting_share >= 0.0:
-        raise ConfigError(
-            f"policy.headroom is {headroom}, patience {patience}, waiting_share {waiting_share}; they must be at least "
-            "1, 1 and 0, and patience a whole number"
-        )
+    if not (is_positive(headroom) and headroom >= 1.0):
+        raise ConfigError(f"policy.headroom is {headroom!r}; it must be a finite number from 1 on")
+    if not is_positive(waiting_share) and waiting_share != 0.0:
+        raise ConfigError(f"policy.waiting_share is {waiting_share!r}; it must be a finite number from 0 on")
+    if not (is_whole(patience) and patience >= 1):
+        raise ConfigError(f"policy.patience is {patience!r}; it must be a whole number of decisions from 1 on")
     if tpot_s is not None and not is_positive(tpot_s):
         raise ConfigError(f"policy.tpot_s is {tpot_s!r}; it must be above 0 seconds, or null for no bound")
     server = served.server

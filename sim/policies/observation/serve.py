@@ -10,6 +10,7 @@ else. ``groups`` numbers the weights.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,13 +30,14 @@ from sim.cost.plan import (
     check_plan,
     dense_plan,
     drop,
+    is_positive,
     nested_bits,
     with_mask,
 )
 from sim.cost.streaming import nested_layers
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
-from sim.errors import ConfigError, PlanError
+from sim.errors import ConfigError, nearest
 from sim.limits import is_whole
 from sim.policies.greedy_stop import block_of
 from sim.policies.observation.prune import Entry, ObservationSpec
@@ -179,33 +181,37 @@ def serve_actions(
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
         PlanError: for a plan that is not legal, or an order made for another model.
-        ConfigError: if a list is empty or the order is too short.
+        ConfigError: for a list that is empty or has an entry that is not allowed, or if there is no plan with hidden
+            states, though they are asked for.
     """
     check_made_for(model, made_for, "actions")
-    if not dwell_s >= 0.0:
-        raise ConfigError(f"actions.dwell_s is {dwell_s}; it must be at least 0 seconds")
-    held_ways = [_compression(way) for way in kv_compression]
-    limits_and_kv = admits, waits, runs, kv_bits, compute_bits, kv_only, held_ways
-    if not all((drops, low_layers, streamed, ffn_width, *limits_and_kv)) or max(drops) > len(order) or min(drops) < 0:
+    if not is_positive(dwell_s) and dwell_s != 0.0:
+        raise ConfigError(f"actions.dwell_s is {dwell_s!r:.80}; it must be a finite number of seconds from 0 on")
+    if start_drops is not None and not (is_whole(start_drops) and start_drops >= 0):
         raise ConfigError(
-            f"actions: drops {list(drops)} of an order of {len(order)} blocks, low_layers {list(low_layers)}, admits "
-            f"{list(admits)}, waits {list(waits)}, runs {list(runs)}, kv_bits {list(kv_bits)}, compute_bits "
-            f"{list(compute_bits)}, kv_only {list(kv_only)}, kv_compression {list(kv_compression)}, streamed "
-            f"{list(streamed)}, ffn_width {list(ffn_width)}; each list needs an entry, and drops must lie between 0 "
-            "and the length of the order"
+            f"actions.start_drops is {start_drops!r:.80}; it must be a whole number of blocks from 0 on, or null"
         )
-    for name, counts in (("streamed", streamed), ("kv_only", kv_only)):
-        if any(not is_whole(count) or not 0 <= count <= model.num_layers for count in counts):
-            raise ConfigError(
-                f"actions.{name} is {list(counts)}; the numbers must lie between 0 and {model.num_layers}, the layers "
-                f"of {model.name}"
-            )
-    if any(bits not in (*KV_BITS, HIDDEN) for bits in kv_bits):
-        raise ConfigError(f"actions.kv_bits is {list(kv_bits)}; allowed are 16, 8, 4 and {HIDDEN}")
-    if any(width not in FFN_WIDTHS for width in ffn_width):
-        raise ConfigError(f"actions.ffn_width is {list(ffn_width)}; allowed are 8, 7, 6 and 5, in eighths")
-    if any(bits not in WEIGHT_BITS for bits in compute_bits):
-        raise ConfigError(f"actions.compute_bits is {list(compute_bits)}; allowed are 16, 8 and 4")
+    _check_lists(
+        model,
+        len(order),
+        drops=drops,
+        low_layers=low_layers,
+        admits=admits,
+        waits=waits,
+        runs=runs,
+        kv_bits=kv_bits,
+        compute_bits=compute_bits,
+        kv_only=kv_only,
+        kv_compression=kv_compression,
+        streamed=streamed,
+        ffn_width=ffn_width,
+    )
+    held_ways = [_compression(way) for way in kv_compression]
+    if HIDDEN in kv_bits and None not in held_ways:
+        raise ConfigError(
+            f"actions.kv_bits has {HIDDEN}, and every entry of actions.kv_compression compresses KV; hidden states are "
+            f"not compressed: add null to kv_compression, or leave {HIDDEN} out"
+        )
     limits = tuple(product(admits, waits, runs))
     stored = [(kept, held) for kept, held in product(kv_bits, held_ways) if kept != HIDDEN or held is None]
     free = tuple(product(stored, compute_bits, kv_only, enumerate(limits)))
@@ -226,8 +232,6 @@ def serve_actions(
             mha=[layer for kind, layer in blocks[:gone] if kind == "MHA"],
             ffn=[layer for kind, layer in blocks[:gone] if kind == "FFN"],
         )
-        if not 0 <= low <= model.num_layers:
-            raise PlanError(f"actions.low_layers has {low}; {model.name} has {model.num_layers} layers")
         bits = (low_bits,) * low + (model.weight_bits,) * (model.num_layers - low)
         max_waiting, max_wait_s, max_running = limit
         plan = replace(
@@ -262,8 +266,6 @@ def serve_actions(
         steps = ((i, drops), (j, low_layers), (k, limits))
         one, two, three = (at / max(1, len(of) - 1) for at, of in steps)
         levels.append((one, two, three))
-    if start_drops is not None and start_drops < 0:
-        raise ConfigError(f"actions.start_drops is {start_drops}; it must be a number of blocks from 0 on, or null")
     enough = min((gone for gone in drops if gone >= (start_drops or 0)), default=max(drops))
     each = len(free)
     dropping = 0 if start_drops is None else list(drops).index(enough) * len(low_layers) * per_precision * each
@@ -281,6 +283,56 @@ def serve_actions(
         workspace_bytes=workspace_bytes,
         starts=(lowest if max(low_layers) else dropping, dropping),
     )
+
+
+LIST_EXAMPLES = {
+    "drops": "[0, 4]",
+    "low_layers": "[0, 16]",
+    "admits": "[null, 8]",
+    "waits": "[null, 1.5]",
+    "runs": "[null, 64]",
+    "kv_bits": "[16, 8]",
+    "compute_bits": "[16, 8]",
+    "kv_only": "[0, 10]",
+    "kv_compression": "[null, {method: ada_kv, percent: 70}]",
+    "streamed": "[0, 8]",
+    "ffn_width": "[8, 7]",
+}
+"""Of each list of ``serve_actions``, for messages."""
+
+
+def _check_lists(model: ModelSpec, blocks: int, **lists: Sequence[Any]) -> None:
+    """Check the lists of ``serve_actions``; ``blocks`` is the length of the order.
+
+    Raises:
+        ConfigError: for a list that is empty or has an entry that is not allowed.
+    """
+    for name, values in lists.items():
+        if isinstance(values, str | Mapping) or not isinstance(values, Sequence) or not values:
+            raise ConfigError(
+                f"actions.{name} is {values!r:.80}; it must be a list of at least one entry, such as "
+                f"{LIST_EXAMPLES[name]}"
+            )
+    layers = model.num_layers, f"the layers of {model.name}"
+    for name, (most, what) in {
+        "drops": (blocks, "the blocks of actions.order"),
+        "low_layers": layers,
+        "streamed": layers,
+        "kv_only": layers,
+    }.items():
+        if any(not is_whole(count) or not 0 <= count <= most for count in lists[name]):
+            raise ConfigError(
+                f"actions.{name} is {list(lists[name])!r:.80}; the entries must be whole numbers from 0 to {most}, "
+                f"{what}"
+            )
+    for name, numbers, names in (
+        ("kv_bits", KV_BITS, (HIDDEN,)),
+        ("compute_bits", WEIGHT_BITS, ()),
+        ("ffn_width", FFN_WIDTHS, ()),
+    ):
+        if any(bits not in names and not (is_whole(bits) and bits in numbers) for bits in lists[name]):
+            allowed = ", ".join((*map(str, numbers), *names))
+            raise ConfigError(f"actions.{name} is {list(lists[name])!r:.80}; allowed are {allowed}")
 
 
 def _compression(way: Mapping[str, Any] | None) -> KVCompression | None:
@@ -654,6 +706,10 @@ def actions_from(model: ModelSpec, options: Mapping[str, Any], workspace_bytes: 
     Raises:
         ConfigError: for an unknown option.
     """
+    allowed = set(inspect.signature(serve_actions).parameters) - {"model", "workspace_bytes"}
+    for option in options:
+        if option not in allowed:
+            raise ConfigError(f"actions has no option {option!r}; {nearest(option, allowed)}")
     try:
         return serve_actions(model, **options, workspace_bytes=workspace_bytes)
     except TypeError as error:

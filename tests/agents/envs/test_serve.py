@@ -280,7 +280,7 @@ def test_the_table_of_plans_combines_every_level() -> None:
     assert actions.plans[0] == dense_plan(model)
     assert actions.levels[0] == (0.0, 0.0, 0.0)
     assert actions.levels[-1] == (1.0, 1.0, 1.0)
-    with pytest.raises(ConfigError, match="order of 1 blocks"):
+    with pytest.raises(ConfigError, match=r"from 0 to 1, the blocks of actions\.order"):
         serve_actions(model, order=["MHA1"], drops=(2,))
 
 
@@ -393,3 +393,12 @@ def test_a_model_divided_among_gpus_is_served_by_what_one_of_them_holds() -> Non
     for _ in range(3):
         *_, info = env.step(int(np.flatnonzero(env.action_masks())[0]))
     assert info["action_mask"].any()
+
+
+@pytest.mark.parametrize("knob", [{"ffn_width": (7,) * 32}, {"kv_bits": (4,) * 32}, {"weight_bits": (4,) * 32}])
+def test_plans_are_charged_for_what_runs_and_not_for_limits(knob: dict[str, Any]) -> None:
+    setting = ServeSetting(quality="llama2_7b_transferred")
+    dense = dense_plan(setting.model)
+    limited = replace(dense, max_running=3, max_wait_s=1.0)
+    assert setting.nll(limited) == setting.nll(dense)  # the loss of dense is known from here on
+    assert setting.nll(replace(limited, **knob)) == setting.nll(replace(dense, **knob)) > setting.nll(dense)

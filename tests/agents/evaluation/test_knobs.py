@@ -11,7 +11,7 @@ import pytest
 
 from agents.envs.serve import ServeSetting
 from agents.evaluation import knob_search, knobs, knobs_page
-from sim.cost.memory import layer_weight_bytes, weight_bytes
+from sim.cost.memory import ffn_weight_bytes, layer_weight_bytes, weight_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import Plan, check_plan, dense_plan
 from sim.engine.server_spec import ServerSpec, named_quality
@@ -42,6 +42,9 @@ def test_bytes_freed_by_hand() -> None:
     eight = knobs.low_kv(MODEL, 0)
     # 16,384 bytes a token and layer at 16 bits; at 8 bits half, and 4 bytes for the keys and the values of 32 heads.
     assert knobs.freed_bytes(MODEL, eight, REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - (8192 + 2 * 4 * 32))
+    narrow = knobs.narrow_ffn(MODEL, 6, 2)
+    lost = [ffn_weight_bytes(MODEL) - ffn_weight_bytes(MODEL, width=width) for width in (7, 6)]
+    assert knobs.freed_bytes(MODEL, narrow, REQUESTS, CONTEXT) == 30 * lost[0] + 2 * lost[1]
     four = knobs.low_weights(MODEL, 3)
     assert knobs.freed_bytes(MODEL, knobs.keeping_hidden(MODEL), REQUESTS, CONTEXT) == TOKENS * 32 * (16384 - 8192)
     of_a_layer = layer_weight_bytes(MODEL) - layer_weight_bytes(MODEL, 4)
@@ -65,6 +68,9 @@ def test_seconds_of_a_decode_iteration_by_hand() -> None:
     computed_s = 32 * 0.5 * SERVER.priced().linear_s("mha", 16, TOKENS)
     again = steady_decode_s(SERVER, knobs.keeping_hidden(MODEL), 32, 512)
     assert again == pytest.approx(steady_decode_s(SERVER, dense, 32, 512) + computed_s)
+    saved_s = 32 * 3 / 8 * SERVER.priced().linear_s("ffn", 16, 32)
+    narrow_s = steady_decode_s(SERVER, knobs.narrow_ffn(MODEL, 5, 32), 32, 512)
+    assert narrow_s == pytest.approx(steady_decode_s(SERVER, dense, 32, 512) - saved_s)
 
 
 def test_served_steps_are_different_legal_plans() -> None:
@@ -168,7 +174,7 @@ def test_the_command_writes_its_figures_a_page_and_a_picture(tmp_path: Path, mon
     figures = json.loads((tmp_path / "knobs.json").read_text(encoding="utf-8"))
     (cell,) = figures["by_load"]
     assert {"dense", "dropped blocks", "W4", "KV bits", "compressed KV", "streamed, PCIe 4.0"} <= set(cell["knobs"])
-    assert {"any one plan", "least loss, adapting"} <= set(cell["knobs"])
+    assert {"any one plan", "least loss, adapting", "narrow FFN"} <= set(cell["knobs"])
     assert cell["knobs"]["least loss, adapting"]["utility"] > cell["knobs"]["dense"]["utility"]
     assert knobs_page.page(figures) == (tmp_path / "index.md").read_text(encoding="utf-8")
     assert (tmp_path / "knobs.png").stat().st_size > 10_000

@@ -94,7 +94,21 @@ def test_seconds_are_those_of_the_load_rounded_up_on_the_server_as_fast_as_it_is
     made = policy()
     state = replace(seen(80e9, 101, 101 * 1000), busy_s=3.0, priced_s=2.0)
     assert made.decode_s(state, 0) == pytest.approx(1.5 * steady_decode_s(SERVER, made.plans[0], 110, 1100))
-    assert made.decode_s(seen(80e9), 0) == 0.0
+    assert made.decode_s(seen(80e9), 0) == pytest.approx(steady_decode_s(SERVER, made.plans[0], 1, 1))
+
+
+@pytest.mark.parametrize("kept", [["hidden", 16], [16, "hidden"]])
+@pytest.mark.parametrize("running", [0, 1, 20])
+@pytest.mark.parametrize("tpot_s", [None, 0.5])
+def test_of_equal_losses_it_takes_the_fastest(kept: list[Any], running: int, tpot_s: float | None) -> None:
+    """Streamed layers and hidden states lose nothing and hold less, but take time."""
+    actions = {**ACTIONS, "kv_bits": kept, "kv_compression": [None], "streamed": [8, 0]}
+    made = policy(actions=actions, patience=1, tpot_s=tpot_s)
+    assert made(seen(80e9, running, running * 500)) == dense_plan(MODEL)
+    short = seen(DENSE_BYTES * 1.2, 20, 20 * 500)
+    if tpot_s is None:  # dense weights with all KV do not fit
+        assert loss(made(short)) == 0.0
+        assert made.plans[made.choice.action] != dense_plan(MODEL)
 
 
 def test_it_changes_at_once_for_memory_and_returns_after_some_decisions() -> None:
@@ -132,13 +146,16 @@ def test_it_serves_a_budget_that_moves() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"headroom": 0.9}, "policy.headroom is 0.9"),
-        ({"patience": 0}, "patience 0"),
-        ({"patience": 1.5}, "patience 1.5"),
-        ({"waiting_share": -1.0}, "waiting_share -1"),
+        ({"headroom": 0.9}, "policy.headroom is 0.9; it must be a finite number from 1 on"),
+        ({"headroom": math.inf}, "policy.headroom is inf"),
+        ({"headroom": "a"}, "policy.headroom is 'a'"),
+        ({"patience": 0}, "policy.patience is 0; it must be a whole number of decisions from 1 on"),
+        ({"patience": 1.5}, "policy.patience is 1.5"),
+        ({"waiting_share": -1.0}, "policy.waiting_share is -1.0; it must be a finite number from 0 on"),
+        ({"waiting_share": math.inf}, "policy.waiting_share is inf"),
         ({"tpot_s": 0.0}, "policy.tpot_s is 0.0; it must be above 0 seconds"),
         ({"actions": {**ACTIONS, "compute_bits": [8]}}, "is unknown; choose other plans, or set quality_table="),
-        ({"actions": {"drop": [1]}}, "actions: "),
+        ({"actions": {"drop": [1]}}, "actions has no option .drop.; did you mean .drops."),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

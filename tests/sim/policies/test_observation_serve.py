@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from sim.policies.observation.serve import (
     ServeObserver,
     ServeObservers,
     Terms,
+    actions_from,
     serve_actions,
     serve_table,
 )
@@ -241,8 +243,6 @@ def test_a_table_may_have_streamed_layers_and_bits_of_kv() -> None:
     for wrong in ((2,), (33,), (-1,)):
         with pytest.raises(RapLabError, match="streamed"):
             serve_actions(MODEL, streamed=wrong)
-    with pytest.raises(ConfigError, match=r"kv_bits \[\], .*streamed \[0\], ffn_width \[8\]; each list needs an entry"):
-        serve_actions(MODEL, kv_bits=())
 
 
 def test_a_table_may_have_products_at_fewer_bits_and_prompts_that_only_write_kv() -> None:
@@ -258,7 +258,7 @@ def test_a_table_may_have_products_at_fewer_bits_and_prompts_that_only_write_kv(
         assert plan.kv_only == (False,) * (32 - writing) + (True,) * writing
         assert made.extras[number] == (compute / 16, (0.0, 0.5, 1.0)[number // 2 % 3])
     assert made.names[-1] == "drop 0, W4 32, queue any, wait 0.9 s, products at 8, KV only 8"
-    with pytest.raises(ConfigError, match=r"actions.compute_bits is \[12\]; allowed are 16, 8 and 4"):
+    with pytest.raises(ConfigError, match=r"actions.compute_bits is \[12\]; allowed are 16, 8, 4"):
         serve_actions(MODEL, compute_bits=(12,))
     with pytest.raises(ConfigError, match=r"actions.kv_only is \[33\]"):
         serve_actions(MODEL, kv_only=(33,))
@@ -287,7 +287,7 @@ def test_hidden_states_are_one_of_the_ways_to_keep_kv() -> None:
     assert [plan.kv_hidden for plan in made.plans] == [False, False, True]  # hidden states are not compressed
     assert [values[1] for values in made.extras] == [1.0, 1.0, 0.0]
     assert made.names[2] == "drop 0, W4 0, queue any, KV hidden, KV whole"
-    with pytest.raises(ConfigError, match=r"actions.kv_bits is \['hid'\]; allowed are 16, 8, 4 and hidden"):
+    with pytest.raises(ConfigError, match=r"actions.kv_bits is \['hid'\]; allowed are 16, 8, 4, hidden"):
         serve_actions(MODEL, kv_bits=("hid",))
     with pytest.raises(PlanError, match="no GQA"):
         serve_actions(load_model("smollm2_135m"), kv_bits=("hidden",))
@@ -306,8 +306,44 @@ def test_a_table_may_have_narrower_ffn_blocks() -> None:
     low, dropping = (made.plans[at] for at in made.starts)
     assert (set(low.weight_bits), set(low.ffn_width), all(low.decode.mha)) == ({4}, {8}, True)
     assert (set(dropping.weight_bits), set(dropping.ffn_width), dropping.decode.mha[25]) == ({16}, {8}, False)
-    with pytest.raises(ConfigError, match=r"actions.ffn_width is \[4\]; allowed are 8, 7, 6 and 5"):
+    with pytest.raises(ConfigError, match=r"actions.ffn_width is \[4\]; allowed are 8, 7, 6, 5"):
         serve_actions(MODEL, ffn_width=(4,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_bits": []}, r"actions.kv_bits is \[\]; it must be a list of at least one entry, such as \[16, 8\]"),
+        ({"kv_bits": 16}, "actions.kv_bits is 16; it must be a list"),
+        ({"kv_bits": "hidden"}, "actions.kv_bits is 'hidden'; it must be a list"),
+        ({"kv_bits": [16, 8.0]}, r"actions.kv_bits is \[16, 8.0\]; allowed are 16, 8, 4, hidden"),
+        ({"kv_bits": [[16]]}, "actions.kv_bits is"),
+        ({"compute_bits": [8.0]}, r"actions.compute_bits is \[8.0\]; allowed are 16, 8, 4$"),
+        ({"kv_compression": None}, r"actions.kv_compression is None; .* such as \[null, \{method: ada_kv"),
+        ({"kv_compression": {"method": "think", "percent": 90}}, "it must be a list"),
+        ({"kv_bits": ["hidden"], "kv_compression": [{"method": "think", "percent": 90}]}, "add null to kv_compression"),
+        ({"kv_bits": [16, "hidden"], "kv_compression": [{"method": "think", "percent": 90}]}, "or leave hidden out"),
+        ({"drops": ["a"]}, r"actions.drops is \['a'\]; the entries must be whole numbers from 0 to 1, the blocks of"),
+        ({"drops": [2]}, "from 0 to 1"),
+        ({"low_layers": [None]}, r"actions.low_layers is \[None\]; .* from 0 to 32, the layers of llama2_7b"),
+        ({"low_layers": [64]}, "from 0 to 32"),
+        ({"streamed": [8.0]}, r"actions.streamed is \[8.0\]"),
+        ({"waits": [math.nan]}, "max_wait_s is nan"),
+        (
+            {"start_drops": math.nan},
+            "actions.start_drops is nan; it must be a whole number of blocks from 0 on, or null",
+        ),
+        ({"start_drops": -1}, "actions.start_drops is -1"),
+        ({"dwell_s": math.nan}, "actions.dwell_s is nan; it must be a finite number of seconds from 0 on"),
+        ({"dwell_s": math.inf}, "actions.dwell_s is inf"),
+        ({"dwell_s": "long"}, "actions.dwell_s is 'long'"),
+        ({"kvbits": [8]}, "actions has no option 'kvbits'; did you mean 'kv_bits'"),
+        ({"workspace_bytes": 5}, "actions has no option 'workspace_bytes'"),
+    ],
+)
+def test_a_table_is_refused_in_a_sentence_that_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, PlanError), match=message):
+        actions_from(MODEL, {"order": ["MHA25"], **options}, 0)
 
 
 def test_streamed_layers_and_bits_of_kv_are_observed_last_where_plans_differ_in_them() -> None:
