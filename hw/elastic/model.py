@@ -428,9 +428,9 @@ def check_real_plan(plan: Plan, *, hidden: bool | None = None) -> None:
         )
     if hidden is not None and plan.kv_hidden != hidden:
         raise PlanError(
-            f"the real engine started with kv_hidden={str(hidden).lower()}, and cannot serve with "
-            f"kv_hidden={str(plan.kv_hidden).lower()} later, as neither hidden states nor keys and values can be made "
-            "from what it has stored; use policy=fixed with either, or simulate a policy that chooses"
+            f"the real engine starts with kv_hidden={str(hidden).lower()}, and cannot serve with "
+            f"kv_hidden={str(plan.kv_hidden).lower()} later: it stores hidden states from the first token of a prompt "
+            "on, or never; use policy=fixed with either, or simulate a policy that chooses"
         )
 
 

@@ -316,7 +316,10 @@ def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) ->
     if plans is None:
         elastic.prepare(WEIGHT_BITS)
     else:
-        elastic.prepare_for([plan, *plans])
+        later = list(plans)
+        for one in later:  # or it would be refused in the middle of a run
+            check_real_plan(one, hidden=plan.kv_hidden)
+        elastic.prepare_for([plan, *later])
     elastic.apply(plan)
 
 

@@ -139,13 +139,15 @@ def test_both_engines_serve_alike(seed: int, preemption: str) -> None:
 
 def test_an_engine_stays_with_what_it_stores() -> None:
     for first, later, message in (
-        (HIDDEN, DENSE, "started with kv_hidden=true, and cannot serve with kv_hidden=false later"),
-        (DENSE, HIDDEN, "started with kv_hidden=false, and cannot serve with kv_hidden=true later"),
+        (HIDDEN, DENSE, "starts with kv_hidden=true, and cannot serve with kv_hidden=false later"),
+        (DENSE, HIDDEN, "starts with kv_hidden=false, and cannot serve with kv_hidden=true later"),
     ):
         engine = hw_engine(family="llama without gqa", plan=first)
         with pytest.raises(PlanError, match=message):
             engine.apply(later)
         engine.apply(replace(first, max_running=3))
+        with pytest.raises(PlanError, match=message):  # at the start, where it is known what may run
+            hw_engine(family="llama without gqa", plan=first, plans=[first, later])
 
 
 def test_the_pass_by_modules_refuses_what_it_does_not_store() -> None:
