@@ -214,14 +214,17 @@ class Job:
         ``tokens``, of all windows, and ``window``, of one, replace the configured numbers.
         """
         text = self.cfg[which]
-        windows = read_windows(
-            text.path,
-            self.tokenizer,
-            tokens=tokens or text.tokens,
-            window=window or text.window,
-            seed=text.seed,
-            keep_newlines=text.keep_newlines,
-        )
+        try:
+            windows = read_windows(
+                text.path,
+                self.tokenizer,
+                tokens=tokens or text.tokens,
+                window=window or text.window,
+                seed=text.seed,
+                keep_newlines=text.keep_newlines,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{which} text: {error}") from error
         highest = int(windows.tokens.max())
         if highest >= self.elastic.spec.vocab_size:
             raise ConfigError(

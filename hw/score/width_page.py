@@ -53,8 +53,8 @@ class Loss:
 
     @property
     def text(self) -> str:
-        """The loss with its standard error."""
-        return f"{self.mean:.3f} ± {self.error:.3f}"
+        """The loss with its standard error, which one window alone does not have."""
+        return f"{self.mean:.3f}" if math.isnan(self.error) else f"{self.mean:.3f} ± {self.error:.3f}"
 
     @property
     def named(self) -> str:

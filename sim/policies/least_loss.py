@@ -3,7 +3,8 @@
 A knapsack over every way to save at once: dropped blocks, weights, KV and products at fewer bits, compressed KV and
 streamed layers have two costs, bytes and seconds, and one price, the loss. The plans are all combinations of a table,
 and all of them are weighed at every decision, so the choice is exact for the table. It looks only at the present load,
-by formula; ``lookahead`` also tries what the load becomes.
+by formula, and counts the KV of running requests as new ones would keep it, though they keep what they have;
+``lookahead`` also tries what the load becomes.
 """
 
 from __future__ import annotations
