@@ -249,7 +249,7 @@ def test_training_can_start_with_one_plan_of_the_table(local_ray: None) -> None:
     algorithm = build_algorithm(cfg)
     build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=0)
     network = current_network(algorithm, "relu")
-    with pytest.raises(ConfigError, match="there is no 'drop everything'"):
+    with pytest.raises(ConfigError, match="there is no plan 'drop everything'"):
         build(cfg.imitate)(algorithm, cfg.env.id, env_kwargs, seed=0, plan="drop everything")
     algorithm.stop()
     core = ServeCore(ServeSetting(**env_kwargs))
