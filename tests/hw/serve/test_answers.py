@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -211,9 +212,18 @@ def test_a_stream_may_have_the_counts_with_every_piece(server: Server) -> None:
     assert [piece["usage"]["completion_tokens"] for piece in lines] == [1, 2, 3, 4, 4]
 
 
+def until_it_runs(server: Server, plan: str) -> None:
+    """Wait until a plan that was accepted runs, which begins between two iterations of the engine."""
+    deadline_s = time.monotonic() + 30.0
+    while server.http.get("/plan").json()["runs"] != plan:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
 def test_a_request_that_the_plan_does_not_admit_is_refused_with_its_status_streamed_or_not(server: Server) -> None:
     assert server.http.put("/plan", json={"max_waiting": 0}).status_code == 202
     try:
+        until_it_runs(server, "max_waiting 0")
         for streamed in (False, True):
             answer = server.ask(prompt=PROMPT, max_tokens=2, stream=streamed)
             assert answer.status_code == 429
