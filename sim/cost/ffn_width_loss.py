@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH
-from sim.cost.loss_files import layer_costs, measure_again, read_losses, resampled
+from sim.cost.ffn_width import FULL_WIDTH
+from sim.cost.loss_files import read_layer_fits, resampled
 from sim.cost.plan import Plan
-from sim.errors import CalibrationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +47,7 @@ def read_ffn_width_loss(path: Path, text: str, model: str, layers: int) -> FFNWi
     Raises:
         CalibrationError: if the file is malformed, or of another model.
     """
-    again = measure_again("width")
-    value = read_losses(path, model, costs="costs of FFN blocks at fewer channels", kind="width")
-    fits = value.get("fits")
-    fit = fits.get(text) if isinstance(fits, dict) else None
-    try:
-        if not isinstance(fit, dict):
-            raise ValueError(f"fits.{text} is {fit!r:.80}; it must be an object with the lists '7', '6' and '5'")
-        costs = {width: layer_costs(fit.get(str(width)), str(width), layers) for width in FFN_WIDTHS[1:]}
-        return FFNWidthLoss(model, costs)
-    except ValueError as error:
-        raise CalibrationError(
-            f"{path} has no costs of FFN blocks at fewer channels on the {text} text ({error}); {again}"
-        ) from error
+    fits = read_layer_fits(
+        path, text, model, layers, costs="costs of FFN blocks at fewer channels", kind="width", keys=("7", "6", "5")
+    )
+    return FFNWidthLoss(model, {int(width): costs for width, costs in fits.items()})

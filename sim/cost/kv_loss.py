@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sim.cost.loss_files import layer_costs, measure_again, read_losses, resampled
+from sim.cost.loss_files import read_layer_fits, resampled
 from sim.cost.plan import Plan
-from sim.errors import CalibrationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,7 @@ def read_kv_loss(path: Path, text: str, model: str, layers: int) -> KVLoss:
     Raises:
         CalibrationError: if the file is malformed, or of another model.
     """
-    again = measure_again("kv_bits")
-    value = read_losses(path, model, costs="costs of KV", kind="kv_bits")
-    fits = value.get("fits")
-    fit = fits.get(text) if isinstance(fits, dict) else None
-    try:
-        if not isinstance(fit, dict):
-            raise ValueError(f"fits.{text} is {fit!r:.80}; it must be an object with the lists '8' and '4'")
-        return KVLoss(model, *(layer_costs(fit.get(bits), bits, layers) for bits in ("8", "4")))
-    except ValueError as error:
-        raise CalibrationError(
-            f"{path} has no costs of KV at 8 and 4 bits on the {text} text ({error}); {again}"
-        ) from error
+    fits = read_layer_fits(
+        path, text, model, layers, costs="costs of KV at 8 and 4 bits", kind="kv_bits", keys=("8", "4")
+    )
+    return KVLoss(model, *fits.values())

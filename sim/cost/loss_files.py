@@ -38,6 +38,29 @@ def read_losses(path: Path, model: str, *, costs: str, kind: str) -> dict[str, A
     return value
 
 
+def read_layer_fits(
+    path: Path, text: str, model: str, layers: int, *, costs: str, kind: str, keys: Sequence[str]
+) -> dict[str, tuple[float, ...]]:
+    """Read the costs of every layer that were fitted to the losses on a text, ``calibration`` or ``test``.
+
+    Args:
+        costs, kind: as in ``read_losses``. keys: under which the file has them, which are those of the result.
+
+    Raises:
+        CalibrationError: if the file is malformed, or of another model.
+    """
+    value = read_losses(path, model, costs=costs, kind=kind)
+    fits = value.get("fits")
+    fit = fits.get(text) if isinstance(fits, dict) else None
+    try:
+        if not isinstance(fit, dict):
+            listed = ", ".join(map(repr, keys[:-1])) + f" and {keys[-1]!r}"
+            raise ValueError(f"fits.{text} is {fit!r:.80}; it must be an object with the lists {listed}")
+        return {key: layer_costs(fit.get(key), key, layers) for key in keys}
+    except ValueError as error:
+        raise CalibrationError(f"{path} has no {costs} on the {text} text ({error}); {measure_again(kind)}") from error
+
+
 def layer_costs(listed: Any, key: str, layers: int) -> tuple[float, ...]:
     """Return the costs of every layer, in nats, which a file has under a key.
 
