@@ -3,7 +3,7 @@
 A block's weights are resident (on the device, in the matrices of ``hw.elastic.layers``) or only stored. On CUDA the
 store is pinned host memory, and a side stream copies from it. On a CPU, host and device memory are the same, so the
 store is an unlinked file on disk; otherwise dropping a block would free no memory. A block is stored when it is first
-dropped or quantized, or ahead of that by ``prepare``.
+dropped, cut or quantized, or ahead of that by ``prepare``. FFN blocks are cut as ``hw.elastic.ffn_channels`` says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from hw.elastic.device import Accelerator, Event
+from hw.elastic.device_memory import out_of_memory
+from hw.elastic.ffn_channels import FFNChannels
 from hw.elastic.layers import Matrix, Rows
 from hw.elastic.quantize import ElasticLinear, QuantWeight, quantize
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.errors import ModelError
 
 Kind = Literal["mha", "ffn"]
@@ -196,13 +199,15 @@ class PendingCopy:
     """A copy to the device that is under way.
 
     bits: its precision. weights: of the matrices. rest: norms and biases; None if they are resident already.
-    events: mark its completion; none on a CPU.
+    events: mark its completion; none on a CPU. width: of an FFN block after it, in eighths of the channels; of one that
+    is resident at these bits, the weights are those of the channels that it lacks.
     """
 
     bits: int
     weights: list[Tensor]
     rest: list[Tensor] | None
     events: list[Event]
+    width: int = FULL_WIDTH
 
     @property
     def nbytes(self) -> int:
@@ -217,15 +222,17 @@ class PendingCopy:
 class Block:
     """One MHA or FFN block: its matrices, biases and norms, resident or stored.
 
-    bits: precision of the resident weights; ABSENT if there are none. pending: the copy under way, if any. version: how
-    often the resident weights have moved to other addresses.
+    bits: precision of the resident weights; ABSENT if there are none. width: of an FFN block, how many eighths of its
+    channels are resident; all while it is absent. pending: the copy under way, if any. version: how often the resident
+    weights have moved to other addresses. channels: of an FFN block, once they are in order of importance.
     """
 
     def __init__(self, name: str, matrices: Sequence[Matrix], rest: Sequence[Rows], store: Store) -> None:
         """Take over the matrices of a block, and its biases and norms; ``store`` keeps what is not resident."""
         self.name = name
-        self.bits = 16
+        self.bits, self.width = 16, FULL_WIDTH
         self.version = 0
+        self.channels: FFNChannels | None = None
         self.pending: PendingCopy | None = None
         self._store = store
         self.matrices = tuple(matrices)
@@ -247,10 +254,11 @@ class Block:
         """Bytes on the device that run and are its own."""
         if self._lent:
             return 0
-        return sum(rows.nbytes for rows in self._rest) + sum(matrix.nbytes for matrix in self.matrices)
+        extra = self.channels.extra_bytes if self.channels is not None else 0
+        return extra + sum(rows.nbytes for rows in self._rest) + sum(matrix.nbytes for matrix in self.matrices)
 
-    def _key(self, part: int | str) -> tuple[str, int | str]:
-        return self.name, part
+    def _key(self, part: object) -> tuple[str, bool, object]:
+        return self.name, self.channels is not None, part
 
     def keys(self, bits: int) -> tuple[object, object]:
         """Return the keys under which its weights at ``bits``, and its norms and biases, are stored."""
@@ -277,7 +285,7 @@ class Block:
         self._store_full()
         if self._key(bits) in self._store:
             return
-        if self.bits == 16:
+        if self.bits == 16 and self.width == FULL_WIDTH:
             full = [matrix.weight.value for matrix in self.matrices]
         else:
             full, events = self._store.get(self._key(16))
@@ -291,26 +299,126 @@ class Block:
             if matrix.half != half:
                 matrix.read(half=half)
 
-    def want(self, bits: int) -> None:
-        """Start the copy that brings the block to ``bits``; ABSENT frees the weights at once."""
+    def order(self, order: Tensor | None, mean: Tensor | None) -> None:
+        """Put the channels of an FFN block at full precision in order of importance, as ``FFNChannels`` takes them."""
+        assert (self.bits, self.width, self.pending) == (16, FULL_WIDTH, None)
+        up, down = self.matrices
+        self.channels = FFNChannels(up, down, order, mean)  # from now on, other keys of the store
+        self.version += 1
+
+    def prepare_forms(self, forms: Collection[tuple[int, int]]) -> None:
+        """Store all that is needed to go from one of some (bits, width) of an FFN block to any other of them."""
+        for have in (*forms, (self.bits, self.width)):
+            for bits, width in forms:
+                # A block is first cut, then copied: it has no more channels than it shall have.
+                if bits != ABSENT and (bits, width) != (have[0], min(have[1], width)):
+                    self._stored(bits, width, have[0], min(have[1], width))
+
+    def _stored(self, bits: int, width: int, held_bits: int, held_width: int) -> object:
+        """Return the key of what a block that holds some channels at some bits needs to hold others."""
+        first = held_width if held_bits == bits else 0
+        if not first and width == FULL_WIDTH:
+            self.prepare(bits)
+            return self._key(bits)
+        key = self._key((bits, first, width))
+        if key not in self._store:
+            assert self.channels is not None
+            self.prepare(bits)
+            full, events = self._store.get(self._key(bits))
+            self._store.join(events, full)
+            per = len(full) // len(self.matrices)
+            parts = [
+                self.channels.part(index, full[per * index : per * (index + 1)], bits, FULL_WIDTH, first, width)
+                for index in range(len(self.matrices))
+            ]
+            self._store.put(key, [tensor for part in parts for tensor in part])
+        return key
+
+    def narrow(self, width: int) -> None:
+        """Free the channels that a smaller width of a resident FFN block lacks, at once.
+
+        Where the device has no memory for those that stay as long as it holds all of them, they go by the host.
+        """
+        if width >= self.width:
+            return
+        self._store_full()
+        place = self.matrices[0].tensors[0].device
+        try:
+            left = self._prefix(width, place)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            left = []
+        left = left or self._prefix(width, torch.device("cpu"))  # outside of ``except``, whose traceback holds tensors
+        self._free_weights()
+        left = [tensor.to(place) for tensor in left]
+        self._set(self.bits, left, None, width, self._biases(width, place))
+        self.width = width
+
+    def _prefix(self, width: int, place: torch.device) -> list[Tensor]:
+        """Return the weights of the channels of a smaller width, made on a device or on the host."""
+        assert self.channels is not None
+        return [
+            tensor
+            for index, matrix in enumerate(self.matrices)
+            for tensor in self.channels.part(
+                index, [tensor.to(place) for tensor in matrix.tensors], self.bits, self.width, 0, width
+            )
+        ]
+
+    def _biases(self, width: int, place: torch.device) -> list[Tensor | None] | None:
+        """Return the biases of another width than the present one; None if it is the present one."""
+        return None if self.channels is None or width == self.width else self.channels.biases(width, place)
+
+    def _widened(self, copy: PendingCopy) -> list[Tensor]:
+        """Return the weights with the channels that have arrived behind those that are resident."""
+        assert self.channels is not None
+        per = len(copy.weights) // len(self.matrices)
+        return [
+            tensor
+            for index, matrix in enumerate(self.matrices)
+            for tensor in self.channels.joined(
+                index,
+                matrix.tensors,
+                copy.weights[per * index : per * (index + 1)],
+                self.bits,
+                self.width,
+                copy.width,
+            )
+        ]
+
+    def want(self, bits: int, width: int = FULL_WIDTH) -> None:
+        """Start the copy that brings the block to ``bits``, and an FFN block to ``width`` eighths of its channels.
+
+        ABSENT frees the weights at once, and so does a smaller width those of the channels that it lacks.
+        """
         if bits == ABSENT:
             self.pending = None
             if self.bits != ABSENT:
                 self._store_full()
                 self._free_weights()
+                self._forget_width()
                 for rows in self._rest:
                     rows.free()
                 self.bits = ABSENT
             return
-        if bits == self.bits:
+        if self.bits != ABSENT and width < self.width:
+            self.narrow(width)
+        if (bits, width) == (self.bits, self.width):
             self.pending = None
             return
-        if self.pending is not None and self.pending.bits == bits:
+        if self.pending is not None and (self.pending.bits, self.pending.width) == (bits, width):
             return
-        self.prepare(bits)
-        weights, events = self._store.get(self._key(bits))
+        weights, events = self._store.get(self._stored(bits, width, self.bits, self.width))
         rest, rest_events = (None, []) if self.bits != ABSENT else self._store.get(self._key("rest"))
-        self.pending = PendingCopy(bits, weights, rest, events + rest_events)
+        self.pending = PendingCopy(bits, weights, rest, events + rest_events, width)
+
+    def _forget_width(self) -> None:
+        """Expect all channels again, and the biases of them."""
+        if self.channels is not None and self.width != FULL_WIDTH:
+            self.channels.resize(FULL_WIDTH)
+            self.channels.forget_biases()
+            self.width = FULL_WIDTH
 
     def join(self, wait: bool) -> None:
         """Let a complete copy take effect; with ``wait``, also one that is still under way."""
@@ -319,9 +427,11 @@ class Block:
             return
         self._store.join(copy.events, (*copy.weights, *(copy.rest or ())))
         self.take_back()  # what a pass that failed has left
-        self._free_weights()
-        self._set(copy.bits, copy.weights, copy.rest)
-        self.bits = copy.bits
+        weights = self._widened(copy) if copy.bits == self.bits else copy.weights
+        biases = self._biases(copy.width, weights[0].device)
+        self._free_weights()  # all memory is there: nothing fails from now on
+        self._set(copy.bits, weights, copy.rest, copy.width, biases)
+        self.bits, self.width = copy.bits, copy.width
         self.pending = None
 
     def lend(self, bits: int, weights: Sequence[Tensor], rest: Sequence[Tensor]) -> None:
@@ -340,11 +450,21 @@ class Block:
         for rows in self._rest:
             rows.free()
 
-    def _set(self, bits: int, weights: Sequence[Tensor], rest: Sequence[Tensor] | None) -> None:
-        """Take tensors as the block's values; None leaves norms and biases as they are."""
+    def _set(
+        self,
+        bits: int,
+        weights: Sequence[Tensor],
+        rest: Sequence[Tensor] | None,
+        width: int = FULL_WIDTH,
+        biases: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Take tensors as the block's values; None leaves norms and biases as they are. biases: of another width."""
         if rest is not None:
             for rows, tensor in zip(self._rest, rest, strict=True):
                 rows.set(tensor)
+        if self.channels is not None and biases is not None:
+            self.channels.resize(width)
+            self.channels.set_biases(biases)
         for index, matrix in enumerate(self.matrices):
             if bits == 16:
                 matrix.weight.set(weights[index])

@@ -10,6 +10,7 @@ from concurrent.futures import wait as wait_for
 from hw.elastic.blocks import ABSENT, Block
 from hw.elastic.device import Accelerator, Event
 from hw.elastic.model import ElasticModel
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.engine.transition import LayerCopy
 
 POLL_S = 0.0005
@@ -24,7 +25,7 @@ class LayerCopier:
     def __init__(self, elastic: ElasticModel, clock: Callable[[], float] = time.perf_counter) -> None:
         """Copy into this model; ``clock`` times the copying thread of a CPU."""
         self._elastic, self._clock = elastic, clock
-        self._blocks: list[tuple[Block, int]] = []
+        self._blocks: list[tuple[Block, int, int]] = []  # with bits and width
         self._future: Future[float] | None = None
         self._events: tuple[Event, Event] | None = None
         self.copied_s = 0.0
@@ -35,8 +36,11 @@ class LayerCopier:
     def start(self, copy: LayerCopy) -> None:
         """Start a copy; the last one has joined or was abandoned. If it raises, abandon what it has started."""
         assert not self._blocks
-        pairs = ((self._elastic.blocks["mha"], copy.mha_bits), (self._elastic.blocks["ffn"], copy.ffn_bits))
-        self._blocks = [(blocks[copy.layer], bits) for blocks, bits in pairs if bits != ABSENT]
+        wanted = (
+            (self._elastic.blocks["mha"], copy.mha_bits, FULL_WIDTH),
+            (self._elastic.blocks["ffn"], copy.ffn_bits, copy.ffn_width),
+        )
+        self._blocks = [(blocks[copy.layer], bits, width) for blocks, bits, width in wanted if bits != ABSENT]
         if self._thread is not None:
             self._future = self._thread.submit(_want, self._blocks, self._clock)
             return
@@ -47,13 +51,13 @@ class LayerCopier:
 
     def copies(self, block: Block) -> bool:
         """Return whether a block is part of the copy under way."""
-        return any(block is one for one, _ in self._blocks)
+        return any(block is one for one, *_ in self._blocks)
 
     def complete(self) -> bool:
         """Return whether the copy is complete."""
         if self._future is not None:
             return self._future.done()
-        return all(block.pending is None or block.pending.complete() for block, _ in self._blocks)
+        return all(block.pending is None or block.pending.complete() for block, *_ in self._blocks)
 
     def wait(self, timeout_s: float) -> float:
         """Wait for the copy, at most ``timeout_s``; return the seconds waited, at most those that the copy took."""
@@ -70,7 +74,7 @@ class LayerCopier:
     def join(self) -> None:
         """Replace the old blocks with those that arrived."""
         self._finish()
-        for block, _ in self._blocks:
+        for block, *_ in self._blocks:
             block.join(wait=True)
         self._blocks = []
 
@@ -79,7 +83,7 @@ class LayerCopier:
         if self._future is not None:
             self._future.exception()  # waits: else the thread would hand over a copy that was abandoned
             self._future = None
-        for block, _ in self._blocks:
+        for block, *_ in self._blocks:
             block.pending = None
         self._blocks, self._events = [], None
 
@@ -100,9 +104,9 @@ class LayerCopier:
             self._events = None
 
 
-def _want(blocks: list[tuple[Block, int]], clock: Callable[[], float]) -> float:
-    """Start to bring blocks to their bits; return the seconds that took, on a CPU those of the copy itself."""
+def _want(blocks: list[tuple[Block, int, int]], clock: Callable[[], float]) -> float:
+    """Start to bring blocks to their bits and widths; return the seconds it took, on a CPU those of the copy itself."""
     start_s = clock()
-    for block, bits in blocks:
-        block.want(bits)
+    for block, bits, width in blocks:
+        block.want(bits, width)
     return clock() - start_s

@@ -31,23 +31,27 @@ class Rows:
     value: [sum of o, ...]; empty while the values are not resident.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Copy the values of parameters into one tensor."""
+    def __init__(self, parameters: Sequence[nn.Parameter], *, copy: bool = True) -> None:
+        """Copy the values of parameters into one tensor; without ``copy``, take that of the only one."""
         self.parameters = tuple(parameters)
         self._sizes = [len(parameter) for parameter in parameters]
         for parameter in parameters:
             parameter.requires_grad_(False)
         # Always a copy: a parameter may be a view into the mapped checkpoint, all of which it would keep in memory.
         self.value: Tensor
-        self.set(torch.cat([parameter.data for parameter in parameters]))
+        self.set(torch.cat([parameter.data for parameter in parameters]) if copy else parameters[0].data)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the resident values."""
         return self.value.nbytes
 
+    def resize(self, sizes: Sequence[int]) -> None:
+        """Let each parameter have this many rows in the next tensor."""
+        self._sizes = list(sizes)
+
     def set(self, value: Tensor) -> None:
-        """Take the values of a tensor of the same shape, without a copy."""
+        """Take the values of a tensor of the expected shape, without a copy."""
         self.value = value
         for parameter, part in zip(self.parameters, torch.split(value, self._sizes), strict=True):
             parameter.data = part
@@ -92,6 +96,21 @@ class Matrix:
         self.quantized: QuantWeight | None = None
         self.half = False
         self._has_half: bool | None = None  # of the weight at 16 bits, once that is known
+
+    def resize(self, outputs: Sequence[int], inputs: int) -> None:
+        """Let each linear layer have this many outputs, and this many inputs, in the next weights and biases."""
+        for linear, count in zip(self.linears, outputs, strict=True):
+            linear.out_features, linear.in_features = count, inputs
+        self.shape = sum(outputs), inputs
+        self.weight.resize(outputs)
+        if self.bias is not None:
+            self.bias.resize(outputs)
+        self._has_half = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The resident weights as they are stored: one tensor, or those of a quantized copy."""
+        return (self.weight.value,) if self.quantized is None else self.quantized.tensors
 
     @property
     def nbytes(self) -> int:

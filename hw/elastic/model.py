@@ -24,6 +24,7 @@ from hw.elastic.kv import BatchKV, KVView, RequestKV
 from hw.elastic.layers import Layer, read_ends, read_layer
 from hw.elastic.rotation import find_rotations
 from hw.elastic.weight_streams import WeightStreams
+from sim.cost.ffn_width import FULL_WIDTH
 from sim.cost.memory import Stage, ffn_weight_bytes, mha_weight_bytes, resident_mask
 from sim.cost.model_spec import ModelSpec, model_from_hf_config
 from sim.cost.plan import KeepMask, Plan, check_plan, dense_plan, describe
@@ -134,14 +135,15 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        check_real_plan(plan)
+        check_real_plan(plan, ordered=self.ordered)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
-            for block, bits, keeps, streamed in zip(
-                self.blocks[kind], plan.weight_bits, kept, plan.streamed, strict=True
+            widths = plan.ffn_width if kind == "ffn" else (FULL_WIDTH,) * len(kept)
+            for block, bits, width, keeps, streamed in zip(
+                self.blocks[kind], plan.weight_bits, widths, kept, plan.streamed, strict=True
             ):
-                block.want(bits if keeps and not streamed else ABSENT)
+                block.want(bits if keeps and not streamed else ABSENT, width)
                 block.join(wait)
         self.streams.set(
             {
@@ -162,6 +164,26 @@ class ElasticModel:
                 block.read(half=half)
         self._nested = nested
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the channels of the FFN blocks are in order of importance, so that plans may cut them."""
+        return all(block.channels is not None for block in self.blocks["ffn"])
+
+    def order_channels(self, order: Tensor | None = None, mean: Tensor | None = None) -> None:
+        """Put the channels of all FFN blocks in order of importance, so that plans may cut them; only once.
+
+        The model then computes the same sums in another order, so its values differ by their rounding. It runs dense.
+        What was stored of these blocks before is of no use any more.
+
+        Args:
+            order: channels of each layer [l, f], the most important first; None keeps the order of the checkpoint.
+            mean: of each channel's activation [l, f], in the order of the checkpoint; None for zeros.
+        """
+        assert not self.ordered
+        self.apply(dense_plan(self.spec))
+        for layer, block in enumerate(self.blocks["ffn"]):
+            block.order(None if order is None else order[layer], None if mean is None else mean[layer])
+
     def prepare(self, bits: Iterable[int]) -> None:
         """Quantize and store all blocks at these precisions ahead of time, so that no ``apply`` has to."""
         for count in bits:
@@ -171,7 +193,8 @@ class ElasticModel:
 
     def prepare_for(self, plans: Iterable[Plan]) -> None:
         """Store what it takes to go from any of these plans to any other, so that no ``apply`` of them has to."""
-        masks = [(plan.weight_bits, resident_mask(plan, self._stage), plan.streamed) for plan in plans]
+        listed = list(plans)
+        masks = [(plan.weight_bits, resident_mask(plan, self._stage), plan.streamed) for plan in listed]
         for kind in KINDS:
             for layer, block in enumerate(self.blocks[kind]):
                 wanted = set()
@@ -179,6 +202,12 @@ class ElasticModel:
                     keeps = (mask.mha if kind == "mha" else mask.ffn)[layer]
                     wanted |= {bits[layer] if keeps else ABSENT} | ({ABSENT} if streamed[layer] else set())
                 block.prepare_for(wanted)
+        for layer, block in enumerate(self.blocks["ffn"] if self.ordered else []):
+            forms = {
+                (bits[layer] if mask.ffn[layer] and not streamed[layer] else ABSENT, plan.ffn_width[layer])
+                for plan, (bits, mask, streamed) in zip(listed, masks, strict=True)
+            }
+            block.prepare_forms(forms)
 
     def ready(self) -> bool:
         """Let complete copies take effect; return whether the plan now runs without any copy under way."""
@@ -406,19 +435,28 @@ class ElasticModel:
         return weights
 
 
-def check_real_plan(plan: Plan, *, hidden: bool | None = None) -> None:
+def check_real_plan(plan: Plan, *, ordered: bool = False, hidden: bool | None = None) -> None:
     """Check that the real engine can run a plan, and store what it keeps of a prompt.
 
     Args:
+        ordered: whether the channels of FFN blocks are in order of importance.
         hidden: whether an engine stores hidden states in place of keys and values; None: that of the plan.
     Raises:
-        PlanError: for cut FFN blocks, for compressed KV, and for a plan that keeps the other of the two.
+        PlanError: for cut FFN blocks whose channels are not in order, streamed layers where they are, compressed KV,
+            and a plan that keeps the other of the two.
     """
-    if plan.cuts_ffn:
+    if plan.cuts_ffn and not ordered:
         raise PlanError(
-            f"the real engine cannot run FFN blocks at fewer channels ({describe(plan)!r}): it stores their channels "
-            "in the order of the checkpoint; drop FFN blocks, or simulate the plan (python -m hw.score kind=width "
-            "measures its loss)"
+            f"this real engine cannot run FFN blocks at fewer channels ({describe(plan)!r}): it stores their channels "
+            "in the order of the checkpoint. python -m hw.replay, hw.serve and hw.loop put them in order of importance "
+            "if the first plan, or one that the policy lists, cuts them; otherwise drop FFN blocks, or simulate the "
+            "plan"
+        )
+    if ordered and any(plan.streamed):
+        raise PlanError(
+            f"this real engine cannot stream layers ({describe(plan)!r}): plans of the run, or of an earlier one over "
+            "the same model, cut FFN blocks, and it streams blocks with all channels only; use either in a run, or "
+            "simulate the plan"
         )
     if plan.kv_compression is not None:
         raise PlanError(

@@ -141,7 +141,7 @@ class HwEngine(Replica):
             quality_nll: nats per token that a plan costs (``sim.cost.quality``), charged to requests; None for none.
             during_forward: a context that is entered while the model computes, for example to release a lock.
             plans: those that may run. What they need is stored now, so that no plan change has to quantize a block.
-                None: any, so all blocks are stored at 16, 8 and 4 bits.
+                None: any, so all blocks are stored at 16, 8 and 4 bits; parts of FFN blocks when they are first needed.
             attention: which code computes it, a value of hw.attention.
             cuda_graphs: whether decode passes that recur are recorded; only where the device and that code can.
             prices: what a calibration expects of each iteration, for ``EngineState.priced_s``. None: what it takes.
@@ -207,7 +207,7 @@ class HwEngine(Replica):
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
-            check_bits=partial(check_real_plan, hidden=plan.kv_hidden),
+            check_bits=partial(check_real_plan, ordered=elastic.ordered, hidden=plan.kv_hidden),
             late_arrivals=True,
             on_token=on_token,
             holds=holds,
@@ -318,7 +318,7 @@ def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) ->
     else:
         later = list(plans)
         for one in later:  # or it would be refused in the middle of a run
-            check_real_plan(one, hidden=plan.kv_hidden)
+            check_real_plan(one, ordered=elastic.ordered, hidden=plan.kv_hidden)
         elastic.prepare_for([plan, *later])
     elastic.apply(plan)
 

@@ -59,7 +59,7 @@ class TorchWeights:
         self.allocated_bytes = elastic.resident_bytes()
 
     def drop(self, resident: Resident) -> None:
-        """Free the blocks that are no longer resident; a copy under way continues. Stream the layers that are to be."""
+        """Free blocks and channels that are no longer resident; a copy under way continues. Stream what is to be."""
         for kind in KINDS:
             bits = resident.mha_bits if kind == "mha" else resident.ffn_bits
             for block, wanted, streamed in zip(self._elastic.blocks[kind], bits, resident.streamed, strict=True):
@@ -67,6 +67,9 @@ class TorchWeights:
                 # abandons a copy that the plan no longer wants before it drops anything.
                 if (wanted == ABSENT or streamed) and not self._copier.copies(block):
                     block.want(ABSENT)
+        for block, width in zip(self._elastic.blocks["ffn"], resident.ffn_width, strict=True):
+            if block.bits != ABSENT and width < block.width:
+                block.narrow(width)
         self._elastic.streams.set(
             {layer: (resident.mha_bits[layer], resident.ffn_bits[layer]) for layer in resident.crossing()}
         )

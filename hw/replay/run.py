@@ -30,6 +30,7 @@ from hw.engine.clock import RealClock, check_clock
 from hw.engine.hw_engine import HwEngine, check_config, check_gpu
 from hw.engine.iteration_log import passes_table
 from hw.engine.prompts import DEFAULT_TEXT, read_prompts
+from hw.replay.channel_order import CHANNEL_TEXT, order_channels
 from sim.config import ReplayConfig, build, one_thread, run_command
 from sim.cost.model_spec import ModelSpec
 from sim.engine.pricing_executor import PricingExecutor
@@ -54,6 +55,8 @@ class HardwareConfig:
     clock: wall, or cpu for processor seconds on a shared machine without a GPU (idle time is then always skipped).
     skip_idle: let the clock jump over time in which nothing runs.
     text: the file that prompts are cut from, a path or one under RAP_LAB_DATA; null samples random token ids.
+    channel_text: the text that puts the channels of FFN blocks in order of importance, if the first plan or one that
+        the policy lists cuts them; null keeps the order of the checkpoint and a bias of zeros, as random weights do.
     to_eos: end a request at the model's end of text instead of the trace's length.
     """
 
@@ -65,6 +68,7 @@ class HardwareConfig:
     clock: str = "wall"
     skip_idle: bool = False
     text: str | None = DEFAULT_TEXT
+    channel_text: str | None = CHANNEL_TEXT
     to_eos: bool = False
 
 
@@ -118,6 +122,7 @@ def engine_over(
     """
     parts = build_parts(cfg)
     check_gpu(parts.gpu)
+    order_channels(elastic, tokenizer, parts.policy, cfg.hw.channel_text)
     stop = tokenizer.eos_token_id if cfg.hw.to_eos else None
     engine = HwEngine(
         elastic=elastic,

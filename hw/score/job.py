@@ -16,9 +16,9 @@ from rich.console import Console
 
 from hw.elastic.checkpoint import SMOLLM2, SMOLLM2_NOTE, load_checkpoint
 from hw.elastic.model import ElasticModel
+from hw.elastic.text import Windows, differing, read_windows
 from hw.score.block_numbers import block_number
 from hw.score.score_lists import read_list
-from hw.score.text import Windows, differing, read_windows
 from sim.cost.model_spec import file_name
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
@@ -46,7 +46,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """A text and the part of it that is used; see ``hw.score.text.read_windows``."""
+    """A text and the part of it that is used; see ``hw.elastic.text.read_windows``."""
 
     path: str = ""
     tokens: int | None = None

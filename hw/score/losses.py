@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hw.elastic.text import differing
 from hw.score.block_numbers import block_number, plan_without
 from hw.score.fit import read_table, write_fits
 from hw.score.full_test import agreement, chosen_plans, greedy_tokens, measure_chosen, spread
@@ -15,7 +16,6 @@ from hw.score.job import SCORES, Job
 from hw.score.nll import measure
 from hw.score.quality_table import measure_table, read_orders, read_searches
 from hw.score.report import SIZES
-from hw.score.text import differing
 from sim.cost.plan import dense_plan
 from sim.cost.plan_json import plan_to_json
 from sim.cost.quality import QUALITIES

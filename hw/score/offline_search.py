@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from hw.elastic.processor import processor_name
+from hw.elastic.text import Windows, differing, read_windows
 from hw.score.block_numbers import block_name, block_number, check_removals, plan_without
 from hw.score.evolution import Evolution, search_evolution
 from hw.score.gsi import Round, gsi
@@ -27,7 +28,6 @@ from hw.score.mask_search import Evaluations, Mask, drop_text, gsi_passes
 from hw.score.nll import measure_many
 from hw.score.offline_search_page import drops_of, page
 from hw.score.policy_gradient import PolicyGradient, search_policy_gradient
-from hw.score.text import Windows, differing, read_windows
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.paths import CHECKOUT, RESULTS

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from hw.elastic.model import ElasticModel
+from hw.elastic.text import differing
 from hw.score.block_numbers import block_number, plan_without, staged_plan
 from hw.score.nll import measure_many
 from hw.score.score_lists import read_list
-from hw.score.text import differing
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import KVKeep, Plan, dense_plan
 from sim.cost.plan_json import plan_to_json

@@ -19,13 +19,14 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from hw.elastic.channel_scores import ChannelScores, channel_scores
 from hw.elastic.model import ElasticModel
 from hw.elastic.processor import processor_name
+from hw.elastic.text import Windows
 from hw.score.block_numbers import plan_without
-from hw.score.ffn_slices import ChannelScores, FFNSlice, channel_scores, ffn_slice
+from hw.score.ffn_slices import FFNSlice, ffn_slice
 from hw.score.job import Job
 from hw.score.nll import measure_many
-from hw.score.text import Windows
 from hw.score.width_page import mean_loss, page, plot
 from sim.cost.ffn_width import FFN_WIDTHS, ffn_channels
 from sim.cost.memory import ffn_weight_bytes, layer_weight_bytes, weight_bytes

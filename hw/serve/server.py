@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hw.engine.clock import RealClock
 from hw.engine.hw_engine import HwEngine, check_config, check_gpu
+from hw.replay.channel_order import order_channels
 from hw.replay.run import HwReplayConfig, load_elastic
 from sim.config import name_of, one_thread, run_command
 from sim.errors import ConfigError
@@ -52,6 +53,7 @@ def build_api(cfg: DictConfig, config: ServerConfig) -> tuple[Api, EngineThread]
     check_config(parts.config)
     check_gpu(parts.gpu)
     elastic, tokenizer = load_elastic(parts.model, cfg.hw, cfg.model)
+    order_channels(elastic, tokenizer, parts.policy, cfg.hw.channel_text)
     clock = RealClock("wall")
 
     def build(thread: EngineThread) -> HwEngine:

@@ -14,8 +14,8 @@ import torch
 
 from hw.elastic.checkpoint import SMOLLM2, load_checkpoint
 from hw.elastic.model import ElasticModel
+from hw.elastic.text import read_windows
 from hw.score.nll import measure_many
-from hw.score.text import read_windows
 from sim.cost.plan import dense_plan
 from sim.cost.quality import load_quality
 

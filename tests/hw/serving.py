@@ -150,10 +150,16 @@ def hw_engine(
     kind: type[HwEngine] = HwEngine,
     own_prompts: Prompts | None = None,
     copies: Callable[[ElasticModel], LayerCopier] | None = None,
+    ordered: bool = False,
     **more: Any,
 ) -> HwEngine:
-    """Return an engine over a tiny model, on the priced clock if ``timed``; ``copies`` makes its copier."""
+    """Return an engine over a tiny model, on the priced clock if ``timed``; ``copies`` makes its copier.
+
+    ordered: whether its plans may cut FFN blocks, whose channels keep the order of the checkpoint.
+    """
     elastic = ElasticModel(tiny(family), name="tiny")
+    if ordered:
+        elastic.order_channels()
     config = config or engine_config()
     plan = plan or dense_plan(elastic.spec)
     if timed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 transformers = pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
+
+from sim.cost.memory import ffn_weight_bytes  # noqa: E402
 
 LAYERS = 4
 VOCABULARY = 97
@@ -90,3 +93,13 @@ def _tiny(family: str, positions: int, dtype: Any) -> Any:
 def tiny(family: str = "llama", *, positions: int = 512, dtype: Any = torch.float32) -> Any:
     """Return a new tiny random model, which the caller may change."""
     return copy.deepcopy(_tiny(family, positions, dtype))
+
+
+@pytest.fixture
+def few_channels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let plans cut the few channels of tiny models, to multiples of 8."""
+    monkeypatch.setattr("sim.cost.plan.LEAST_CHANNELS", 1)
+    monkeypatch.setattr("sim.cost.ffn_width.CHANNEL_MULTIPLE", 8)
+    ffn_weight_bytes.cache_clear()  # it may know the bytes of other multiples
+    yield
+    ffn_weight_bytes.cache_clear()

@@ -13,6 +13,7 @@ from hw.elastic.model import ElasticModel
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import RandomPrompts
 from hw.engine.torch_executor import TorchExecutor
+from sim.cost.ffn_width import FFN_WIDTHS
 from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import KeepMask, KVKeep, check_plan, dense_plan
 from sim.engine.budget import Budget
@@ -123,9 +124,10 @@ def plan_schedule(
     kv: bool = False,
     streams: bool = False,
     writes: bool = False,
+    cuts: bool = False,
 ) -> Schedule:
     rng, spec, crossing = random.Random(seed), tiny_spec(), random.Random(-seed - 1)
-    writing = random.Random(-seed - 2)
+    writing, cutting = random.Random(-seed - 2), random.Random(-seed - 3)
     plans = [dense_plan(spec)]
     while len(plans) < steps:
         prefill = KeepMask(
@@ -149,6 +151,8 @@ def plan_schedule(
             plan = replace(plan, streamed=tuple(layer in layers for layer in range(LAYERS)))
         if writes and writing.random() < 0.7:
             plan = replace(plan, kv_only=tuple(writing.random() < 0.5 for _ in range(LAYERS)))
+        if cuts:
+            plan = replace(plan, ffn_width=tuple(cutting.choice(FFN_WIDTHS) for _ in range(LAYERS)))
         check_plan(spec, plan)
         plans.append(plan)
     return Schedule(tuple(period_s * i for i in range(steps)), tuple(plans))

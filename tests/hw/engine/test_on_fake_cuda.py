@@ -42,6 +42,7 @@ from tests.hw.serving import (
     tiny_spec,
     torch,
 )
+from tests.hw.tiny_models import few_channels  # noqa: F401 - a fixture
 from tests.sample import quick
 
 ALL_STREAMED = replace(dense_plan(tiny_spec()), streamed=(True,) * LAYERS)
@@ -57,10 +58,13 @@ def engine_on(
     budget: Budget | None = None,
     piece_bytes: int = 4096,
     kind: type[HwEngine] = HwEngine,
+    ordered: bool = False,
     **more: Any,
 ) -> HwEngine:
-    """Return an engine on the fake device; the caller has entered it."""
+    """Return an engine on the fake device; the caller has entered it. ordered: whether plans may cut FFN blocks."""
     elastic = ElasticModel(tiny(), name="tiny", hardware=device)
+    if ordered:
+        elastic.order_channels()
     spec, config = elastic.spec, more.pop("config", engine_config())
     plan = plan or dense_plan(spec)
     device.piece_bytes = piece_bytes
@@ -206,6 +210,22 @@ def test_a_plan_that_was_not_listed_waits_for_the_memory_to_quantize_its_layers(
         engine.check()
     assert engine.out_of_memory > 0
     assert len(engine.tokens(0)) == 60
+
+
+@pytest.mark.usefixtures("few_channels")
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_widths_change_on_a_device_that_refuses_memory_now_and_then(seed: int, refused: bool) -> None:
+    plans = list(plan_schedule(seed, 8, bits=seed > 0, cuts=True).plans)
+    with FakeCuda(polls=2) as device:
+        engine = engine_on(device, ordered=True, plans=plans)
+        first = device.allocations
+        device.refuse = frozenset(range(first + 5 + seed, first + 40_000, 991)) if refused else frozenset()
+        serve_through(engine, plans, random.Random(seed), some_rows(seed, 8))
+        for row in engine.memory_rows():
+            assert row.allocated_bytes == row.predicted_bytes
+        assert refused or engine.out_of_memory == 0
+        engine.close()
 
 
 # --- A device that refuses memory ------------------------------------------------------------------------------------

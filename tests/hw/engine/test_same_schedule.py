@@ -24,6 +24,7 @@ from sim.results.metrics import Slo, iterations_frame, records_frame, transition
 from tests.hw import serving
 from tests.hw.engine.runs import RESTORES, moving_budget, plan_schedule, some_rows, trace_of
 from tests.hw.serving import HOST_TO_DEVICE_BYTES_PER_S, engine_config, flat_latency, hw_engine, tiny_spec
+from tests.hw.tiny_models import few_channels  # noqa: F401 - a fixture
 from tests.sample import examples
 
 
@@ -120,6 +121,24 @@ def test_both_engines_admit_alike_while_layers_are_streamed(
         assert any(any(plan.streamed) for plan in policy.plans)
         replay(trace_of(some_rows(seed, 12)), engine, policy, tick_s=0.7)
     assert_same_replay(*engines)
+
+
+@pytest.mark.usefixtures("few_channels")
+@pytest.mark.parametrize("restore", RESTORES)
+@pytest.mark.parametrize("seed", range(4))
+def test_both_engines_admit_alike_while_ffn_blocks_are_cut(seed: int, restore: str) -> None:
+    """Law 8 with FFN blocks at fewer channels, of which the tiny model has few; memory is as predicted throughout."""
+    config, spec = engine_config(restore=restore), tiny_spec()
+    budget = budget_for_kv_blocks(spec, dense_plan(spec), 20, 0, 4)
+    real = hw_engine(config=config, kv_blocks=20, ordered=True)
+    engines = real, sim_engine(config, budget)
+    for engine in engines:
+        policy = plan_schedule(seed, 8, bits=seed % 2 == 0, cuts=True)
+        assert any(plan.cuts_ffn for plan in policy.plans)
+        replay(trace_of(some_rows(seed, 12)), engine, policy, tick_s=0.7)
+    assert_same_replay(*engines)
+    assert all(row.predicted_bytes == row.allocated_bytes for row in real.memory_rows())
+    real.check()
 
 
 @given(

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="the real model needs 
 
 from hw.elastic.kv import RequestKV  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
+from hw.elastic.text import IDS, TOKENIZER, differing, read_windows  # noqa: E402
 from hw.score import candidate_states, loss_bound  # noqa: E402
 from hw.score.block_numbers import (  # noqa: E402
     block_name,
@@ -38,7 +39,6 @@ from hw.score.pdtrim import attention_mass, redundancy_order, redundancy_sets, t
 from hw.score.quality_table import measure_table, table_plans  # noqa: E402
 from hw.score.report import generation, scores_page, speed_of  # noqa: E402
 from hw.score.run import main  # noqa: E402
-from hw.score.text import IDS, TOKENIZER, differing, read_windows  # noqa: E402
 from sim.cost.kv_loss import read_kv_loss  # noqa: E402
 from sim.cost.plan import KVKeep, Plan, check_plan, dense_plan  # noqa: E402
 from sim.cost.plan_json import plan_from_json, plan_to_json  # noqa: E402

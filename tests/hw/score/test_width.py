@@ -13,8 +13,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
+from hw.elastic.channel_scores import channel_scores, down_projection  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
-from hw.score.ffn_slices import FFNSlice, channel_scores, down_projection, ffn_slice, sliced  # noqa: E402
+from hw.score.ffn_slices import FFNSlice, ffn_slice, sliced  # noqa: E402
 from hw.score.width import Slicer, cut, cut_bytes, fit_width, rivals, width_variants  # noqa: E402
 from hw.score.width_page import best, beyond, levels, losses, page  # noqa: E402
 from sim.cost.ffn_width import FFN_WIDTHS, ffn_channels  # noqa: E402
@@ -29,7 +30,7 @@ from sim.results.run_folder import write_json  # noqa: E402
 from tests.hw.elastic.test_model import some_tokens  # noqa: E402
 from tests.hw.score.test_score import LAYERS as CHECKPOINT_LAYERS  # noqa: E402
 from tests.hw.score.test_score import Score, checkpoint, score  # noqa: E402, F401
-from tests.hw.tiny_models import LAYERS, tiny  # noqa: E402
+from tests.hw.tiny_models import LAYERS, few_channels, tiny  # noqa: E402, F401 - a fixture
 
 SPEC = load_model("smollm2_135m")
 ORDERS = {"forward": list(range(30)), "backward": list(range(30))[::-1]}
@@ -91,10 +92,8 @@ def test_a_width_that_is_not_one_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt", "phi3"])
 @pytest.mark.parametrize("width", [8, 7, 5])
-def test_freed_bytes_are_those_of_the_tensors_that_a_slice_lacks(
-    family: str, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sim.cost.ffn_width.CHANNEL_MULTIPLE", 8)
+@pytest.mark.usefixtures("few_channels")
+def test_freed_bytes_are_those_of_the_tensors_that_a_slice_lacks(family: str, width: int) -> None:
     elastic = ElasticModel(tiny(family), name="tiny")
     scores = channel_scores(elastic, torch.tensor([some_tokens(18, seed=1)]))
 
@@ -151,8 +150,8 @@ def test_layers_are_cut_by_their_loss_alone_first() -> None:
     assert [layer for layer, width in enumerate(first.widths) if width == 7] == [1, 2]
 
 
-def test_slices_are_made_once_and_random_ones_are_other_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sim.cost.ffn_width.CHANNEL_MULTIPLE", 8)
+@pytest.mark.usefixtures("few_channels")
+def test_slices_are_made_once_and_random_ones_are_other_channels() -> None:
     elastic = ElasticModel(tiny(), name="tiny")
     slicer = Slicer(elastic, channel_scores(elastic, torch.tensor([some_tokens(18, seed=1)])), seed=0)
     important = slicer(cut(elastic.spec, "width", "", {1: 5, 2: 7}))
