@@ -70,6 +70,7 @@ def _set_counters(n: Any, config: EngineConfig, block_bytes: int, log_enabled: b
     """Write an engine's settings into the kernel's counters, and -1, NEVER, ``inf`` or nan for values not yet known."""
     limits = config.limits
     n.scheduling_rule = kernel.SchedulingRule[config.scheduler.upper()]
+    n.admits_by_value = config.admission_order == "value"
     n.max_batch_tokens, n.long_prefill_tokens = limits.max_batch_tokens, limits.long_prefill_tokens
     n.reserve_full_prompt, n.slots = limits.reserve_full_prompt, limits.max_running
     n.block_tokens, n.block_bytes = config.kv_block_tokens, block_bytes

@@ -42,6 +42,7 @@ class LiveRequest:
     cached_tokens: prompt tokens found in the prefix cache at its first admission; -1 before that.
     next_prefix_block: index of the first prefix block of its prompt whose end its prefill has not passed.
     fills_cache: whether it adds prefix blocks to the cache.
+    at_head: whether it waits before all others, since it was preempted here.
     kept_params: parameters that ran, summed over its tokens. nll_sum: nats charged, summed over its tokens.
     """
 
@@ -56,6 +57,7 @@ class LiveRequest:
     cached_tokens: int = -1
     next_prefix_block: int = 0
     fills_cache: bool = False
+    at_head: bool = False
     kept_params: int = 0
     nll_sum: float = 0.0
     admitted_s: float = math.nan

@@ -111,7 +111,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from sim.cost.plan import Plan
-from sim.engine.scheduler import SCHEDULERS, Limits, SchedulerName
+from sim.engine.scheduler import ADMISSION_ORDERS, SCHEDULERS, AdmissionOrder, Limits, SchedulerName
 from sim.errors import ConfigError, nearest
 from sim.limits import MOST_HOST_BLOCKS, check_count, check_whole
 from sim.results.records import Records
@@ -298,6 +298,8 @@ class EngineConfig:
 
     scheduler: ``chunked`` or ``prefill_first`` (sim/engine/scheduler.py says which engine each follows).
     limits: token budget, concurrent requests, chunking and admission rules.
+    admission_order: ``fcfs``, first come, first served; or ``value``, first what has waited longest for each KV
+        block that it needs (Apt-Serve; docs/concepts.md).
     kv_block_tokens: tokens of one KV block.
     kv_watermark_share: share of the KV pool that an admission must leave free (vLLM V0: 0.01).
     reuse_preempted_kv: whether a preempted request reuses its KV blocks that others have not overwritten, as with
@@ -317,6 +319,7 @@ class EngineConfig:
 
     scheduler: SchedulerName = "chunked"
     limits: Limits = field(default_factory=Limits)
+    admission_order: AdmissionOrder = "fcfs"
     kv_block_tokens: int = 16
     kv_watermark_share: float = 0.0
     reuse_preempted_kv: bool = False
@@ -332,6 +335,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f"unknown engine.scheduler {self.scheduler!r}; {nearest(self.scheduler, SCHEDULERS)}")
+        if self.admission_order not in ADMISSION_ORDERS:
+            raise ConfigError(
+                f"unknown engine.admission_order {self.admission_order!r}; "
+                f"{nearest(self.admission_order, ADMISSION_ORDERS)}"
+            )
         if self.restore not in RESTORE_MODES:
             raise ConfigError(f"unknown engine.restore {self.restore!r}; {nearest(self.restore, RESTORE_MODES)}")
         if self.copying not in COPY_MODES:

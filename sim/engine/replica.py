@@ -46,7 +46,7 @@ from sim.engine.protocol import (
     requests_next_to_sessions,
 )
 from sim.engine.replica_state import ReplicaState
-from sim.engine.scheduler import Batch, form_batch
+from sim.engine.scheduler import Batch, by_value, form_batch
 from sim.engine.transition import ABSENT, plan_for_holder
 from sim.errors import BudgetError
 from sim.results.records import Status
@@ -448,7 +448,7 @@ class Replica(ReplicaState):
         preempted, self._preempted_for_change = self._preempted_for_change, 0
         self._kv.look_up_waiting()
         late, self._late = self._late, None
-        batch = self._form_batch(late)
+        batch = self._form_batch(late, now_s)
         self._carry_out(batch, now_s)
         if not batch.scheduled:
             if self._refusals >= MOST_REFUSALS and self.queues.waiting and not self.queues.running:
@@ -457,7 +457,7 @@ class Replica(ReplicaState):
         self._start(batch, now_s, preempted + len(batch.preempted))
         return True
 
-    def _form_batch(self, late: _Late | None) -> Batch[LiveRequest]:
+    def _form_batch(self, late: _Late | None, now_s: float) -> Batch[LiveRequest]:
         """Form the next batch, without what comes too late for it."""
         waiting: Sequence[LiveRequest] = self.queues.waiting
         free, limits = self.pool.free_layer_blocks, self._limits
@@ -469,6 +469,8 @@ class Replica(ReplicaState):
                 waiting = []
             elif late.ended:
                 limits = replace(limits, max_running=limits.max_running - late.ended)
+        if self.config.admission_order == "value":
+            waiting = self._most_valuable_first(waiting, free - limits.watermark_layer_blocks, now_s)
         return form_batch(
             self.config.scheduler,
             waiting,
@@ -479,12 +481,28 @@ class Replica(ReplicaState):
             self._kv.prefix_cache.shared_layer_blocks,
         )
 
+    def _most_valuable_first(
+        self, waiting: Sequence[LiveRequest], most_layer_blocks: int, now_s: float
+    ) -> list[LiveRequest]:
+        """Return the preempted requests, then the others by their value.
+
+        While nothing runs, one that does not fit is left out: nothing would make room for it, and others would wait.
+        """
+        others = [live for live in waiting if not live.at_head]
+        if not self.queues.running:
+            needs = self._kv.layer_blocks
+            others = [live for live in others if needs(live, live.target_tokens) <= most_layer_blocks]
+        waits_s = [now_s - live.request.arrival_s for live in others]
+        preempted = [live for live in waiting if live.at_head]
+        return [*preempted, *by_value(others, waits_s, self.config.kv_block_tokens)]
+
     def _carry_out(self, batch: Batch[LiveRequest], now_s: float) -> None:
         """Preempt and admit requests and take KV blocks, in the order that ``Batch`` states."""
         for live in batch.preempted:
             self._preempt(live)
         for live in batch.admitted:
-            assert self.queues.waiting.popleft() is live
+            self.queues.waiting.remove(live)
+            live.at_head = False
             swapped = live.swapped
             self._kv.admit(live)
             if not swapped:  # a swapped request goes on where it stopped
@@ -653,7 +671,7 @@ class Replica(ReplicaState):
         self.queues.running.remove(live)
         swapped = self._kv.preempt(live, usable=usable)
         live.preemptions += 1
-        live.status = Status.WAITING
+        live.status, live.at_head = Status.WAITING, True
         self._preemptions += 1
         self.queues.waiting.appendleft(live)
         return swapped

@@ -5,7 +5,7 @@ cases. There are two schedulers, each following a published engine:
 
 | rule | `chunked`: vLLM 0.19, V1 scheduler | `prefill_first`: vLLM 0.6, V0 default, and SwiftLLM |
 |---|---|---|
-| order | running first, then waiting; both first come, first served | only prefills while one fits, else all decode |
+| order | running, then waiting; both first come, first served [3] | only prefills while one fits, else all decode |
 | token budget | `max_batch_tokens` (`max_num_batched_tokens`) over all | over full prompts; decodes do not count |
 | concurrent requests | `max_running` (`max_num_seqs`) | the same |
 | long prompts | cut to the budget left and to `long_prefill_tokens` | never cut; one above the budget runs alone [1] |
@@ -18,7 +18,7 @@ cases. There are two schedulers, each following a published engine:
 | a swapped request | is admitted in its turn | comes back into a batch of decodes, before any prefill |
 
 [1] V0 refuses such a prompt; here it is served. [2] vLLM's `scheduler_reserve_full_isl`, true by default, and
-`long_prefill_token_threshold` for `long_prefill_tokens`.
+`long_prefill_token_threshold` for `long_prefill_tokens`. [3] Waiting requests by their value, with `by_value`.
 
 With ``schedules_ahead``, the batch is formed without what came or was freed during the iteration before it
 (sim/engine/protocol.py).
@@ -40,6 +40,8 @@ from sim.limits import MOST_RUNNING, check_count, check_whole
 
 SCHEDULERS = ("chunked", "prefill_first")
 SchedulerName = Literal["chunked", "prefill_first"]
+ADMISSION_ORDERS = ("fcfs", "value")
+AdmissionOrder = Literal["fcfs", "value"]
 
 
 class Schedulable(Protocol):
@@ -118,6 +120,20 @@ class Batch(Generic[R]):
     preempted: tuple[R, ...]
     admitted: tuple[R, ...]
     scheduled: tuple[tuple[R, int], ...]
+
+
+def by_value(waiting: Sequence[R], waits_s: Sequence[float], kv_block_tokens: int) -> list[R]:
+    """Return waiting requests in the order of Apt-Serve (arXiv 2504.07494): the most valuable one first.
+
+    The value of a request is how long it has waited, over the KV blocks that its tokens need in one layer. Requests of
+    equal value stay in their order.
+
+    Args:
+        waiting: requests that hold no KV. waits_s: how long each has waited. kv_block_tokens: tokens of a KV block.
+    """
+    blocks = (-(-request.target_tokens // kv_block_tokens) for request in waiting)
+    values = [wait_s / count for wait_s, count in zip(waits_s, blocks, strict=True)]
+    return [waiting[i] for i in sorted(range(len(values)), key=lambda i: -values[i])]
 
 
 def form_batch(

@@ -5,10 +5,10 @@ keys and values or hidden states. The value v of a request is how long it has wa
 v - U c n, as each iteration then computes keys and values of its n tokens, c seconds each, for which U requests wait.
 It gets hidden states first if that is at least v / 2, and keys and values if memory is left then.
 
-The engine here admits requests in the order of their arrival, and what a request keeps follows from the plan that runs
-when its prefill ends. So this policy decides for all requests of a period at once, by that comparison for the queue: v
-is the wait of its head, n the mean tokens of its requests, U all requests that wait or run (our reading of the paper),
-and memory is left if the keys and values of all of these fit the pool.
+Here ``engine.admission_order=value`` admits requests by value over memory, and what a request keeps follows from the
+plan that runs when its prefill ends. So this policy decides for all requests of a period at once, by that comparison
+for the queue: v is the wait of its head, n the mean tokens of its requests, U all requests that wait or run (our
+reading of the paper), and memory is left if the keys and values of all of these fit the pool.
 """
 
 from __future__ import annotations

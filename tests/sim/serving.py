@@ -10,7 +10,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.budget import Budget
 from sim.engine.protocol import Copying, EngineConfig, Preemption, Request, Restore
-from sim.engine.scheduler import Limits, SchedulerName
+from sim.engine.scheduler import AdmissionOrder, Limits, SchedulerName
 from sim.engine.sim_engine import SimEngine
 
 TINY = ModelSpec(
@@ -73,6 +73,7 @@ def tiny_engine(
     kv_watermark_share: float = 0.0,
     reuse_preempted_kv: bool = False,
     max_context_tokens: int | None = None,
+    admission_order: AdmissionOrder = "fcfs",
     latency: LatencyModel | None = None,
     plan: Plan | None = None,
     restore: Restore = "new_requests",
@@ -105,6 +106,7 @@ def tiny_engine(
             kv_watermark_share=kv_watermark_share,
             reuse_preempted_kv=reuse_preempted_kv,
             max_context_tokens=max_context_tokens,
+            admission_order=admission_order,
             restore=restore,
             prefix_caching=prefix_caching,
             hash_block_tokens=hash_block_tokens,

@@ -92,6 +92,15 @@ def wait_ends_s(s: Table) -> float:
     return float(ends_s)
 
 
+@compiled(inline=True)
+def _leave_queue(s: Table, place: int) -> None:
+    """Take the request at a place out of the queue; those before it move up."""
+    n, queue = counters_of(s), queue_of(s)
+    for at in range(place, n.queue_head, -1):
+        queue[at] = queue[at - 1]
+    n.queue_head += 1
+
+
 @compiled()
 def reject_late(s: Table, now_s: float) -> None:
     """Reject the requests that have waited too long for their first admission by now.
@@ -107,9 +116,7 @@ def reject_late(s: Table, now_s: float) -> None:
         late.status = REJECTED
         n.rejected += 1
         n.waiting_tokens -= late.prompt_tokens
-        for at in range(place, n.queue_head, -1):  # those before it move up
-            queue[at] = queue[at - 1]
-        n.queue_head += 1
+        _leave_queue(s, place)
         n.known_tail += place >= n.known_tail
         n.late_from += n.late_from != NEVER and place >= n.late_from
         if n.in_sessions:
@@ -162,7 +169,7 @@ def take_arrivals(s: Table, now_s: float) -> None:
 
 @compiled()
 def head(s: Table) -> int:
-    """Return the request that is admitted next; at least one must be waiting."""
+    """Return the request at the head of the queue; at least one must be waiting."""
     n = counters_of(s)
     if n.preempted_waiting > 0:
         return int(preempted_stack_of(s)[n.preempted_waiting - 1])
@@ -170,6 +177,29 @@ def head(s: Table) -> int:
 
 
 # -- admission ---------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _next_place(s: Table, now_s: float, most_blocks: int) -> int:
+    """Return the place in the queue of the request that is admitted next, after the preempted ones; -1 for none.
+
+    By value (``by_value`` in sim/engine/scheduler.py), or else the first; at least one must be admissible.
+
+    Args:
+        s: the replica. now_s: the time.
+        most_blocks: by value, requests whose full prompts need more KV blocks are passed over; ``NEVER`` passes none.
+    """
+    n, requests, queue = counters_of(s), requests_of(s), queue_of(s)
+    if not n.admits_by_value:
+        return int(n.queue_head)
+    most_valuable, best, layers = -np.inf, -1, kv_sets_of(s)[n.prefill_set].layers
+    for place in range(n.queue_head, min(n.queue_tail, n.late_from)):
+        request = requests[queue[place]]
+        blocks = _blocks(request.prompt_tokens + request.produced_tokens, n.block_tokens)
+        value = (now_s - request.arrival_s) / blocks
+        if value > most_valuable and layers * blocks <= most_blocks:
+            most_valuable, best = value, place
+    return int(best)
 
 
 @compiled(inline=True)
@@ -181,13 +211,16 @@ def _chunk(s: Table, r: int, computed: int, budget: int, longest: int) -> int:
 
 
 @compiled()
-def _admit(s: Table, r: int, now_s: float, found: int) -> int:
-    """Admit request r, the head of the queue, which finds KV of ``found`` tokens; return its slot."""
+def _admit(s: Table, r: int, place: int, now_s: float, found: int) -> int:
+    """Admit request r, which finds KV of ``found`` tokens; return its slot.
+
+    place: in the queue, or -1 for the request that was preempted last.
+    """
     n = counters_of(s)
-    if n.preempted_waiting > 0:
+    if place < 0:
         n.preempted_waiting -= 1
     else:
-        n.queue_head += 1
+        _leave_queue(s, place)
     request = requests_of(s)[r]
     target = request.prompt_tokens + request.produced_tokens
     n.waiting_tokens -= target
@@ -216,16 +249,21 @@ def _admit(s: Table, r: int, now_s: float, found: int) -> int:
 
 @compiled()
 def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int, back: int) -> int:
-    """Admit from the head of the queue while token budget, KV blocks and slots last; return how many.
+    """Admit waiting requests in their order while token budget, KV blocks and slots last; return how many.
 
     budget: tokens that may still be computed. free: KV blocks that the batch so far leaves free; nothing is taken here.
     back: whether swapped requests may come back: `NO_SWAPPED`, `ONLY_SWAPPED` or `ANY`.
     """
     n, requests, batch = counters_of(s), requests_of(s), batch_of(s)
     in_chunks, prefill_layers = _cuts_prompts(s), kv_sets_of(s)[n.prefill_set].layers
-    admitted = 0
+    admitted, most_blocks = 0, free - n.watermark_blocks if n.running == 0 else NEVER
     while admissible(s) > 0 and n.running + n.late_ended < n.max_running:
-        r = head(s)
+        place = -1
+        if n.preempted_waiting == 0:
+            place = _next_place(s, now_s, most_blocks)
+            if place < 0:
+                break
+        r = head(s) if place < 0 else queue_of(s)[place]
         found, held_by_others, layers = requests[r].computed_tokens, 0, prefill_layers
         if n.host_blocks > 0:
             swapped = requests[r].host_blocks > 0
@@ -255,9 +293,9 @@ def _admit_those_that_fit(s: Table, now_s: float, budget: int, free: int, back: 
             break
         free -= need
         budget -= chunk
-        place = n.batch_chunks
-        batch[place].slot, batch[place].tokens = _admit(s, r, now_s, found), chunk
-        n.batch_chunks = place + 1
+        row = batch[n.batch_chunks]
+        row.slot, row.tokens = _admit(s, r, place, now_s, found), chunk
+        n.batch_chunks += 1
         admitted += 1
         if not in_chunks and budget <= 0:
             break

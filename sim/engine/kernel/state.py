@@ -76,6 +76,7 @@ COUNTERS = np.dtype(
     [
         # Settings of the engine.
         ("scheduling_rule", INT64),  # SchedulingRule
+        ("admits_by_value", INT64),  # whether the most valuable request is admitted first, not the one that came first
         ("max_batch_tokens", INT64),  # tokens that an iteration may compute
         ("long_prefill_tokens", INT64),  # longest chunk of a prompt, tokens; 0 for no limit
         ("reserve_full_prompt", INT64),  # whether admission needs room for the full prompt

@@ -68,6 +68,7 @@ def assert_same_replay(found: HwEngine, expected: SimEngine) -> None:
     watermark=st.sampled_from([0.0, 0.05]),
     policy=st.sampled_from(["schedule", "greedy"]),
     budget_moves=st.booleans(),
+    order=st.sampled_from(["fcfs", "value"]),
 )
 @examples(10)
 def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
@@ -79,9 +80,12 @@ def test_both_engines_admit_preempt_and_finish_alike_for_the_same_decisions(
     watermark: float,
     policy: str,
     budget_moves: bool,
+    order: str,
 ) -> None:
     """Law 8: who is admitted when, preempted when and finished when, iteration by iteration."""
-    config = engine_config(scheduler, restore=restore, reuse_preempted_kv=reuse, kv_watermark_share=watermark)
+    config = engine_config(
+        scheduler, restore=restore, reuse_preempted_kv=reuse, kv_watermark_share=watermark, admission_order=order
+    )
     spec, rows = tiny_spec(), some_rows(seed, 10)
     budget = (
         moving_budget(seed, kv_blocks)

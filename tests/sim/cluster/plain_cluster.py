@@ -255,6 +255,7 @@ class PlainCluster:
             prefill_tokens=0,
             left_tokens=0,
             host_layer_blocks=0,
+            at_head=False,
             cached_tokens=-1,
         )
         engine.queues.all[request.request_id] = row.live

@@ -22,7 +22,7 @@ from sim.engine.sim_engine import SimEngine
 from sim.policies.fixed import static_plan
 from sim.traces.trace import Trace
 from tests.sim.disaggregate.plain_disaggregated import PREFILL, PlainDisaggregated, build
-from tests.sim.engine.kernel_cases import irregular_latency, schedules_ahead, with_swaps, without_gqa
+from tests.sim.engine.kernel_cases import irregular_latency, schedules_ahead, with_later_settings, without_gqa
 from tests.sim.engine.plain_engine import PlainEngine
 from tests.sim.serving import TINY, linear_latency
 from tests.sim.shrink import shrunk_case, without_some
@@ -123,7 +123,7 @@ def random_disaggregated(seed: int, *, ahead: bool | None = None, later: bool = 
         decode=int(rng.integers(1, 4)),
         prefill_blocks=int(rng.choice([20, 60, 300])),
         decode_blocks=int(rng.choice([8, 20, 60, 300])),
-        config=with_swaps(
+        config=with_later_settings(
             seed,
             EngineConfig(
                 scheduler=scheduler,

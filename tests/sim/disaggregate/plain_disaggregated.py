@@ -217,6 +217,7 @@ class PlainDisaggregated:
                 prefill_tokens=0,
                 left_tokens=0,
                 host_layer_blocks=0,
+                at_head=False,
                 finish_s=math.nan,
             )
         engine.queues.all[request.request_id] = row.live

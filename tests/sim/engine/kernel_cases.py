@@ -205,8 +205,8 @@ def schedules_ahead(seed: int) -> bool:
     return bool(np.random.default_rng([seed, 10]).random() < 0.4)
 
 
-def with_swaps(seed: int, config: EngineConfig, allowed: bool = True) -> EngineConfig:
-    """Return the config of a seed with its way to preempt and to copy weights; its own stream, as above."""
+def with_later_settings(seed: int, config: EngineConfig, allowed: bool = True) -> EngineConfig:
+    """Return the config of a seed with its way to preempt, copy weights and admit; streams of their own, as above."""
     if not allowed:
         return config
     rng = np.random.default_rng([seed, 11])
@@ -216,6 +216,7 @@ def with_swaps(seed: int, config: EngineConfig, allowed: bool = True) -> EngineC
         preemption="swap" if swaps else "recompute",
         host_kv_blocks=int(rng.choice([1, 5, 20, 400])) if swaps else 0,
         copying="blocking" if rng.random() < 0.25 else "overlapped",
+        admission_order="value" if np.random.default_rng([seed, 24]).random() < 0.3 else "fcfs",
     )
 
 
@@ -387,9 +388,9 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
     Args:
         ahead: whether its engine schedules ahead; None lets the seed decide.
         later: whether the seed may choose what came later than the frozen records: swapping, weight copies that hold
-            the engine up, plans that limit how long a request may wait, quantize KV, stream layers, let prompts only
-            write KV, compute below their resident bits, keep hidden states or cut FFN blocks, and a model that is
-            divided among GPUs, or has no GQA. Cut KV then costs something too.
+            the engine up, admission by value, plans that limit how long a request may wait, quantize KV, stream layers,
+            let prompts only write KV, compute below their resident bits, keep hidden states or cut FFN blocks, and a
+            model that is divided among GPUs, or has no GQA. Cut KV then costs something too.
     """
     rng = np.random.default_rng(seed)
     round_times = rng.random() < 0.4
@@ -427,7 +428,7 @@ def random_case(seed: int, *, ahead: bool | None = None, later: bool = True) -> 
         first_plan=DENSE if rng.random() < 0.6 else random_plan(rng),
         kv_blocks=int(rng.choice([12, 30, 60, 400])),
         budget_steps=tuple(steps),
-        config=with_swaps(
+        config=with_later_settings(
             seed,
             EngineConfig(
                 scheduler=scheduler,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.engine.scheduler import Batch, Limits, form_batch
+from sim.engine.scheduler import Batch, Limits, by_value, form_batch
 from sim.errors import ConfigError
 
 BLOCK_TOKENS = 4
@@ -61,6 +61,15 @@ def test_a_long_prompt_takes_at_most_its_threshold_of_one_iteration() -> None:
 def test_admission_stops_at_the_first_waiting_request_that_does_not_fit() -> None:
     big, small = Row(40), Row(4)
     assert chunked([big, small], [], 5).scheduled == ()
+
+
+def test_the_most_valuable_request_has_waited_longest_for_each_kv_block() -> None:
+    long, short, new, other = Row(40), Row(8), Row(4), Row(7)
+    order = by_value([long, short, new, other], [6.0, 2.0, 0.5, 2.0], BLOCK_TOKENS)
+    assert order == [short, other, long, new]  # 2 / 2, 2 / 2, 6 / 10, 0.5 / 1
+    assert by_value([long, short], [11.0, 2.0], BLOCK_TOKENS) == [long, short]  # its turn comes
+    assert by_value([long, short], [0.0, 0.0], BLOCK_TOKENS) == [long, short]
+    assert by_value(list[Row](), [], BLOCK_TOKENS) == []
 
 
 def test_a_full_prompt_must_fit_before_its_first_chunk_is_admitted() -> None:

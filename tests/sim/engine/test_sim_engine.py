@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sim.cost.memory import budget_for_kv_blocks
 from sim.cost.plan import dense_plan, drop, with_mask
+from sim.engine.budget import stepped
 from sim.engine.protocol import EngineConfig, EngineState
-from sim.engine.scheduler import Limits
+from sim.engine.scheduler import ADMISSION_ORDERS, Limits
 from sim.engine.sim_engine import SimEngine
 from sim.errors import BudgetError, ConfigError, PlanError
 from sim.results.records import Records, Status
@@ -89,6 +91,24 @@ def test_prefill_first_stalls_decodes_while_prompts_come_in() -> None:
     rows = [(0.0, 8, 4), (0.5, 8, 1), (1.5, 8, 1)]
     assert serve(tiny_engine(scheduler="prefill_first"), *rows).finish_s[0] == 6.0
     assert serve(tiny_engine(scheduler="chunked"), *rows).finish_s[0] == 4.0
+
+
+def test_by_value_a_short_prompt_overtakes_a_long_one_until_that_has_waited_long_enough() -> None:
+    rows = [(0.0, 8, 3), (0.2, 40, 1), (0.5, 4, 1)]
+    order = {order: serve(tiny_engine(max_running=1, admission_order=order), *rows) for order in ADMISSION_ORDERS}
+    assert order["fcfs"].admitted_s.tolist() == [0.0, 3.0, 4.0]
+    assert order["value"].admitted_s.tolist() == [0.0, 4.0, 3.0]
+    late = [(0.0, 8, 30), (0.2, 40, 1), (28.0, 4, 1)]  # 29.8 s for 10 KV blocks are worth more than 2 s for one
+    assert serve(tiny_engine(max_running=1, admission_order="value"), *late).admitted_s.tolist() == [0.0, 30.0, 31.0]
+
+
+def test_by_value_a_prompt_that_does_not_fit_holds_up_no_other_while_nothing_runs() -> None:
+    most, few = (budget_for_kv_blocks(TINY, dense_plan(TINY), blocks, 0, 4) for blocks in (20, 4))
+    budget = stepped([(0.0, most), (5.0, few), (20.0, most)])
+    rows = [(6.0, 40, 1), (6.0, 8, 1)]
+    order = {order: serve(tiny_engine(budget=budget, admission_order=order), *rows) for order in ADMISSION_ORDERS}
+    assert order["fcfs"].admitted_s.tolist() == [20.0, 20.0]
+    assert order["value"].admitted_s.tolist() == [20.0, 6.0]
 
 
 def test_dropping_mha_blocks_leaves_room_for_more_requests() -> None:
