@@ -35,6 +35,7 @@ COMPARISONS = {
     "preemption": Comparison(command="sim.compare experiment=preemption"),
     "kv_precision": Comparison(command="sim.compare experiment=kv_precision"),
     "hidden_cache": Comparison(command="sim.compare experiment=hidden_cache"),
+    "admission_order": Comparison(command="sim.compare experiment=admission_order"),
     "compute_bits": Comparison(command="sim.compare experiment=compute_bits"),
     "tensor_parallel": Comparison(command="sim.compare experiment=tensor_parallel"),
 }
@@ -97,6 +98,14 @@ def page(folder: Path = FOLDER) -> str:
         kv4_wins=wins(found["kv_precision"], "kv4 55 GB", "greedy_stop 55 GB"),
         hidden_wins=dense_wins(found["hidden_cache"], HIDDEN_RULES),
         kv8_wins=dense_wins(found["hidden_cache"], ["kv8"]),
+        value_wins={
+            rate: wins(found["admission_order"], f"dense by value {rate}", f"dense fcfs {rate}")
+            for rate in HIDDEN_RATES
+        },
+        apt_wins={
+            rate: wins(found["admission_order"], f"apt_serve by value {rate}", f"dense fcfs {rate}")
+            for rate in ("4 req/s", "6 req/s")
+        },
         hidden_ms={name: read_and_projected_ms(name) for name in ("llama2_7b_a100_trtllm", "llama2_7b_h100")},
     )
 
