@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def page(content: Mapping[str, Any]) -> str:
         verdict=verdict,
         speed=_speed(content["speed"]),
         policies=_policies_table(content),
-        cells=_cells_table(verdict),
+        cells=_cells_table(content),
+        hindsight=_hindsight(content),
         pairs=_pairs_table(verdict),
         missed=[row for row in verdict["level"]["cells"] if not row["holds"]],
         ranged=[row["in_range"] for row in verdict["level"]["cells"] if "in_range" in row],
@@ -82,8 +83,27 @@ def _policies_table(content: Mapping[str, Any]) -> str:
     return table(rows, specs | {"changes/min, simulated": ".1f", "changes/min, real": ".1f"})
 
 
-def _cells_table(verdict: Mapping[str, Any]) -> str:
+def _hindsight(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how close simulation is to the judged runs at the speed that the machine had during them."""
+    found = content.get("hindsight")
+    if found is None:
+        return None
+
+    def off(cells: Sequence[Mapping[str, Any]]) -> float:
+        return float(np.sqrt(np.mean([row["error"] ** 2 for row in cells])))
+
+    return {
+        "speed": float(np.mean(found["speeds"])),
+        "hold": sum(row["holds"] for row in found["cells"]),
+        "off": off(found["cells"]),
+        "off_predicted": off(content["verdict"]["level"]["cells"]),
+    }
+
+
+def _cells_table(content: Mapping[str, Any]) -> str:
     """Return every predicted utility next to its repeats."""
+    cells = content["verdict"]["level"]["cells"]
+    known = [row["simulated"] for row in (content.get("hindsight") or {}).get("cells", [])]
     rows = [
         {
             "window": row["window"],
@@ -94,10 +114,11 @@ def _cells_table(verdict: Mapping[str, Any]) -> str:
             "real": row["real"],
             "error": ("{}" if row["holds"] else "**{}**").format(f"{row['error']:+.4f}"),
             "noise floor": row["noise_floor"],
+            **({"in hindsight": known[at]} if known else {}),
         }
-        for row in verdict["level"]["cells"]
+        for at, row in enumerate(cells)
     ]
-    return table(rows, {"simulated": ".4f", "real": ".4f", "noise floor": ".4f"}, left=2)
+    return table(rows, {"simulated": ".4f", "real": ".4f", "noise floor": ".4f", "in hindsight": ".4f"}, left=2)
 
 
 def _pairs_table(verdict: Mapping[str, Any]) -> str:

@@ -184,6 +184,29 @@ def predicted_utility(predictions: Mapping[str, Any], window: str, policy: str) 
     return float(np.mean(at_speeds)) if at_speeds else float(predictions["outcomes"][window][policy]["utility"])
 
 
+def in_hindsight(cfg: DictConfig, predictions: Mapping[str, Any], during: MachineSpeed) -> dict[str, Any] | None:
+    """Simulate every window with the machine as it was during the judged runs, which no prediction can know.
+
+    No claim depends on it. It says how much of the errors is due to a machine that became faster or slower.
+
+    Args:
+        cfg: as for the predictions. during: the reference runs between the judged runs.
+    Returns:
+        ``speeds`` of these runs relative to the frozen speed, and ``utility``: window -> policy -> its mean over them.
+        None if the predictions are for a stated speed, or some precision was measured only before them.
+    """
+    before = {one["bits"] for one in predictions["references"]}
+    if not cfg.ranges or not before or {one["bits"] for one in during.references} != before:
+        return None
+    machine, frozen = factors_of(cfg, during), float(predictions["slowdown"])
+    each = run_speeds(during.references, _content(cfg), server_spec(cfg).model, machine)
+    speeds = [speed * machine.slowdown / frozen for speed in each]
+    with tempfile.TemporaryDirectory() as folder:
+        found = at_run_speeds(priced_for(cfg, Path(folder), machine), frozen, speeds)
+    means = {window: {p: float(np.mean(each)) for p, each in by.items()} for window, by in found.items()}
+    return {"speeds": speeds, "utility": means}
+
+
 def factors_of(cfg: DictConfig, speed: MachineSpeed) -> MachineFactors:
     """Return by how much the machine of the reference runs differs from the calibration of a configuration."""
     return machine_factors(speed.references, _content(cfg), server_spec(cfg).model)

@@ -20,6 +20,7 @@ from hw.loop.predictions import (
     check_same_settings,
     check_unchanged,
     factors_of,
+    in_hindsight,
     machine_of,
     note_judged,
     predict,
@@ -28,7 +29,7 @@ from hw.loop.predictions import (
     read_predictions,
 )
 from hw.loop.settings import check_settings, check_windows, results_folder
-from hw.loop.verdict import judge
+from hw.loop.verdict import judge, levels
 from hw.validate.machine_speed import MachineSpeed, factors_by_precision, without_passes
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
@@ -125,6 +126,10 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
     )
     during = MachineSpeed(folder / DURING)
     machine = factors_of(cfg, during)
+    hindsight = in_hindsight(cfg, predictions, during)
+    if hindsight is not None:
+        known = {p: np.array([hindsight["utility"][w][p] for w in windows]) for p in policies}
+        hindsight = {"speeds": hindsight["speeds"], "cells": levels(known, real, windows, float(cfg.points))}
     kept = {key: value for key, value in predictions.items() if key != "description"}
     return {
         "provenance": provenance(cfg.seed),
@@ -143,6 +148,7 @@ def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dic
         "real": {w: {p: [outcomes[w][p][r] for r in complete] for p in policies} for w in windows},
         "device": _device(folder, windows[0], policies[0]),
         "verdict": verdict,
+        "hindsight": hindsight,
     }
 
 

@@ -33,7 +33,8 @@ class LoopConfig(HwReplayConfig):
     measure: whether reference runs measure the speed of the machine; false takes ``slowdown``. There are ``references``
         of them at each precision that the calibration has, because the machine may be slower at one than at another.
     ranges: whether each window is also simulated with a machine as fast as in each single reference run; the predicted
-        utility is then the mean of these, with a range.
+        utility is then the mean of these, with a range. After the judged runs, each is simulated once more as fast as
+        the reference runs between them; no claim depends on these.
     least_requests: of a window. least_changes: changes of the weights that run, per minute.
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.

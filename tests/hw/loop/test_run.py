@@ -148,6 +148,34 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
         assert (cell["least"], cell["most"]) == (min(every), max(every))
         assert cell["in_range"] == (min(every) <= cell["real"] <= max(every))
     assert re.search(r"the mean of the repeats lies in it in \d of 2 cells", text)
+    assert result(tmp_path)["hindsight"] is None  # between so few judged runs, only one precision was measured
+
+
+def test_windows_are_simulated_again_at_the_speed_of_the_judged_runs(settings: list[str], tmp_path: Path) -> None:
+    more = [*settings, "measure=true", "repeats=1"]
+    assert _loop(compose_config("hw_loop", more)) in (0, 1)
+    before = json.loads((tmp_path / "runs" / "before" / "machine_speed.json").read_text(encoding="utf-8"))
+
+    def slower(factor: float) -> list[dict[str, Any]]:
+        return [
+            one
+            | {"measured_s": factor * one["measured_s"]}
+            | {"passes": [each | {"measured_s": factor * each["measured_s"]} for each in one["passes"]]}
+            for one in before
+        ]
+
+    def judged_after(factor: float) -> dict[str, Any]:
+        write_json(tmp_path / "runs" / "during" / "machine_speed.json", slower(factor))
+        assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
+        return result(tmp_path)["hindsight"]
+
+    predicted = {row["policy"]: row["simulated"] for row in result(tmp_path)["verdict"]["level"]["cells"]}
+    same = judged_after(1.0)
+    assert {row["policy"]: row["simulated"] for row in same["cells"]} == pytest.approx(predicted)
+    assert "In hindsight" in (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+    hundredfold = judged_after(100.0)
+    assert hundredfold["speeds"] == pytest.approx([100 * speed for speed in same["speeds"]])
+    assert all(row["simulated"] < predicted[row["policy"]] for row in hundredfold["cells"])
 
 
 def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str]) -> None:
