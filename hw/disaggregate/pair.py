@@ -232,13 +232,19 @@ def check_config(cfg: DictConfig) -> None:
     """Check a configuration before a process gets it.
 
     Raises:
-        ConfigError: for a policy that changes plans, hidden states, a budget that changes, another clock than the
-            wall's, or a link that is out of range.
+        ConfigError: for a policy that changes plans, hidden states, compressed KV, a budget that changes, another clock
+            than the wall's, or a link that is out of range.
     """
     if plan_of(cfg).kv_hidden:
         raise ConfigError(
             "the plan keeps hidden states in place of keys and values (kv_hidden), which one process cannot send the "
             "other; leave policy.kv_hidden out, or simulate (python -m sim.disaggregate)"
+        )
+    if (way := plan_of(cfg).kv_compression) is not None:
+        raise ConfigError(
+            f"the plan compresses KV by {way.method} (kv_compression), and one process does not send the other how a "
+            "prompt is packed; leave policy.kv_method and policy.kv_percent out, use policy.kv_bits, or simulate "
+            "(python -m sim.disaggregate)"
         )
     check_link(cfg.link_bytes_per_s, float(cfg.link_latency_s))
     steps = len(build_parts(cfg).budget.change_s)

@@ -91,6 +91,7 @@ def gather(arena: KVArena, table: BlockTable, tokens: int) -> memoryview:
     bits, and of those at 4.
     """
     assert not table.stores_hidden
+    assert table.packed is None
     halves = [_read(arena, table.kept_slots(tokens, bits), bits) for bits in KV_BITS]
     parts = [part for part in halves if part.numel()]
     content: memoryview = (parts[0] if len(parts) == 1 else torch.cat(halves)).numpy().data

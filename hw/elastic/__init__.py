@@ -15,6 +15,7 @@ staging           pinned memory for that copy, and the one wait for the result
 paged_kv          the memory behind the paged KV pool: one range of addresses
 kv_storage        that memory as the storage of a KV pool; host_kv has host memory for what is swapped
 quantized_kv      KV at 8 and 4 bits in the same KV blocks
+compressed_kv     compressed KV of prompts in these KV blocks; kv_compression has the methods
 virtual_memory    ranges of addresses that are mapped and unmapped in pieces
 attention         ways to compute attention; attention_choice picks one, attention_packages has those of others
 graphs            CUDA graphs of decode passes that recur

@@ -33,7 +33,8 @@ class HeldBlocks:
     blocks: [l, at least w], the KV blocks of each layer; undefined for layers that the request does not run.
     needed: blocks of the layer that has most. runs: bool [l]. first, last: [l], how many of the first and last tokens a
         layer keeps; last is 0 where it keeps all. bits: [l], at which precision it stores KV, ``HIDDEN`` for hidden
-        states. full: whether that is 16 in every layer.
+        states; negative behind a compressed prompt. full: whether that is 16 in every layer. saved: how many slots less
+        than tokens each layer has, as its prompt is compressed.
     """
 
     def __init__(self, layers: int) -> None:
@@ -43,7 +44,7 @@ class HeldBlocks:
         self.first, self.last = np.zeros(layers, np.int32), np.zeros(layers, np.int32)
         self.bits = np.full(layers, 16, np.int32)
         self.keeps_all = self.full = True
-        self.needed = 0
+        self.needed = self.saved = 0
         self._mha: frozenset[int] = frozenset()
         self._formats: tuple[KVFormat, ...] | None = None
         self._layers: list[int] = []
@@ -58,6 +59,9 @@ class HeldBlocks:
             self._formats = table.formats
             formats = table.formats or ()
             self.bits[:] = [HIDDEN if one.hidden else one.bits for one in formats] or 16
+            self.saved = table.saved_tokens
+            if table.packed is not None:
+                self.bits *= -1
             self.full = bool((self.bits == 16).all())
             keeps = [table.keep_of(layer) for layer in range(len(self.runs))]
             self.keeps_all = all(keep.last_tokens is None for keep in keeps)

@@ -10,12 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hw.elastic.compressed_kv import PromptCompressor
 from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import attempt
 from hw.elastic.hidden_kv import HiddenKV
 from hw.elastic.host_kv import HostKV
+from hw.elastic.kv_compression.packing import PackedKV
 from hw.elastic.paged_kv import KVArena
 from hw.elastic.quantized_kv import QuantizedKV
+from sim.cost.kv_format import KVFormat
+from sim.cost.plan import KVCompression
+from sim.engine.block_table import BlockTable
 
 PACKED_AT_ONCE = 512
 """Tokens of a layer that are packed in one step, which takes about 16 times their bytes at 4 bits for a moment."""
@@ -27,13 +32,16 @@ class ArenaStorage:
     host: the KV of preempted requests.
     """
 
-    def __init__(self, arena: KVArena, *, host_blocks: int = 0) -> None:
+    def __init__(self, arena: KVArena, *, host_blocks: int = 0, compressor: PromptCompressor | None = None) -> None:
         """Keep the pool's blocks in this arena, and ``host_blocks`` blocks of one layer in host memory.
 
+        Args:
+            compressor: compresses prompts in this arena; None: no plan does so.
         Raises:
             BudgetError: if the host has no memory for them.
         """
         self._arena, self._hardware = arena, arena.hardware
+        self._compressor = compressor
         self.host = HostKV(arena, host_blocks)
 
     def resize(self, blocks: int) -> None:
@@ -56,6 +64,14 @@ class ArenaStorage:
         """
         slots = torch.tensor(source), torch.tensor(target)
         attempt(self._hardware, lambda: self._copy_hidden(*slots) if hidden else self._copy(*slots, bits))
+
+    def compress(
+        self, table: BlockTable, tokens: int, way: KVCompression, formats: Sequence[KVFormat]
+    ) -> dict[int, PackedKV]:
+        """Compress a prompt into the first slots of each layer; return how it lies there."""
+        compressor = self._compressor
+        assert compressor is not None
+        return attempt(self._hardware, lambda: compressor.compress(table, tokens, way, formats))
 
     def save_on_host(self, request_id: int, blocks: Sequence[int]) -> None:
         """Copy the content of blocks to host memory, in the order of all other work: nothing waits for it."""

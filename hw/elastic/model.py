@@ -21,6 +21,8 @@ from hw.elastic.blocks import ABSENT, KINDS, Block, DiskStore, Kind, PinnedStore
 from hw.elastic.device import Accelerator, Device, device_of
 from hw.elastic.families import FAMILIES, find_part
 from hw.elastic.kv import BatchKV, KVView, RequestKV
+from hw.elastic.kv_compression.lorc import Directions, key_and_value_directions
+from hw.elastic.kv_compression.packing import check_compression, kept_directions
 from hw.elastic.layers import Layer, read_ends, read_layer
 from hw.elastic.rotation import find_rotations
 from hw.elastic.weight_streams import WeightStreams
@@ -43,7 +45,8 @@ class ElasticModel:
     code, compute with the modules of transformers over the same weights: ``forward``, ``attend``, ``feed``.
 
     most_context_tokens: of the requests that the engine serves. More than the original ones of a model with longrope
-    select its frequencies for long contexts, for all requests.
+    select its frequencies for long contexts, for all requests. directions: of the key and the value weights of each
+    layer, in which LoRC stores KV; None before ``find_directions``.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class ElasticModel:
         self._fixed = [p for p in model.parameters() if id(p) not in inside]  # parameters() lists tied ones once
         self._stage: Stage = stage
         self.note = note
+        self.directions: tuple[list[Directions], list[Directions]] | None = None
         self.plan: Plan = dense_plan(self.spec)
         self._nested = self.plan.nested
         if self.bytes() != self._expected_dense_bytes():
@@ -135,7 +139,7 @@ class ElasticModel:
             PlanError: if the plan is not legal for the model.
         """
         check_plan(self.spec, plan)
-        check_real_plan(plan, ordered=self.ordered)
+        self.check(plan)
         keep = resident_mask(plan, self._stage)
         for kind in KINDS:
             kept = keep.mha if kind == "mha" else keep.ffn
@@ -154,6 +158,40 @@ class ElasticModel:
         )
         self.plan = plan
         self.read(plan.nested)
+
+    def check(self, plan: Plan, *, hidden: bool | None = None) -> None:
+        """Check that this model can run a plan, and store what it keeps of a prompt.
+
+        Args:
+            hidden: whether an engine stores hidden states in place of keys and values; None: that of the plan.
+        Raises:
+            PlanError: as ``check_real_plan``, and for compressed KV of which it cannot store enough to read it.
+        """
+        check_real_plan(plan, ordered=self.ordered, hidden=hidden)
+        found = 0 if self.directions is None else self.directions[0][0].count
+        check_compression(self.spec, plan, normed_keys=self._norms_keys, directions=found)
+
+    @property
+    def _norms_keys(self) -> bool:
+        return any(layer.k_norm is not None for layer in self.layers)
+
+    def find_directions(self, plans: Iterable[Plan]) -> None:
+        """Find the directions of key and value weights in which LoRC stores KV, as many as these plans keep.
+
+        They take 8 h d r bytes a layer for r directions, which no budget counts. The model runs dense if it finds any.
+
+        Raises:
+            PlanError: for a plan whose KV cannot be stored so.
+        """
+        wanted = 0
+        for plan in plans:
+            if (way := plan.kv_compression) is not None and way.method == "lorc":
+                check_compression(self.spec, plan, normed_keys=self._norms_keys)
+                wanted = max(wanted, kept_directions(self.spec, way))
+        if wanted <= (0 if self.directions is None else self.directions[0][0].count):
+            return
+        self.apply(dense_plan(self.spec))
+        self.directions = key_and_value_directions(self.layers, self.spec, wanted)
 
     def read(self, nested: tuple[bool, ...]) -> None:
         """Read half of the bits of the resident weights of these layers from now on, and all of the others'."""
@@ -289,6 +327,11 @@ class ElasticModel:
             raise PlanError(
                 "the plan keeps hidden states in place of keys and values; hw.elastic.forward does so. Leave kv_hidden "
                 "out here"
+            )
+        if requests is not None and self.plan.kv_compression is not None:
+            raise PlanError(
+                f"the plan compresses KV by {self.plan.kv_compression.method}; hw.elastic.forward reads it in a paged "
+                "pool, and hw.score measures what it loses. Leave kv_compression out here"
             )
         self.ready()
         running = self.running(stage)
@@ -442,8 +485,8 @@ def check_real_plan(plan: Plan, *, ordered: bool = False, hidden: bool | None = 
         ordered: whether the channels of FFN blocks are in order of importance.
         hidden: whether an engine stores hidden states in place of keys and values; None: that of the plan.
     Raises:
-        PlanError: for cut FFN blocks whose channels are not in order, streamed layers where they are, compressed KV,
-            and a plan that keeps the other of the two.
+        PlanError: for cut FFN blocks whose channels are not in order, streamed layers where they are, and a plan that
+            keeps the other of the two.
     """
     if plan.cuts_ffn and not ordered:
         raise PlanError(
@@ -457,12 +500,6 @@ def check_real_plan(plan: Plan, *, ordered: bool = False, hidden: bool | None = 
             f"this real engine cannot stream layers ({describe(plan)!r}): plans of the run, or of an earlier one over "
             "the same model, cut FFN blocks, and it streams blocks with all channels only; use either in a run, or "
             "simulate the plan"
-        )
-    if plan.kv_compression is not None:
-        raise PlanError(
-            f"the real engine cannot compress KV by {plan.kv_compression.method}: its KV blocks hold all heads and "
-            "channels of a token at one precision; use kv_keep or kv_bits, or simulate the plan (python -m hw.score "
-            "kind=kv_compression measures its loss)"
         )
     if hidden is not None and plan.kv_hidden != hidden:
         raise PlanError(

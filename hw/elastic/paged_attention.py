@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from hw.elastic import ops
 from hw.elastic.attention import Attention, Prepared, PreparedHidden, PreparedQuantized, Rows
 from hw.elastic.attention_choice import default_attention
 from hw.elastic.block_arrays import HIDDEN, HeldBlocks, Int32s, Int64s, read_table, stack_blocks
+from hw.elastic.compressed_kv import ObservedQueries, PackedPrompt, PreparedCompressed, observed_of
 from hw.elastic.hidden_kv import HiddenKV, Project
 from hw.elastic.paged_kv import KVArena
 from hw.elastic.quantized_kv import QuantizedKV
@@ -39,11 +40,21 @@ WIDTH_STEP = 4
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What one request adds to an iteration: ``tokens`` follow the ``start`` tokens whose KV its table holds."""
+    """What one request adds to an iteration: ``tokens`` follow the ``start`` tokens whose KV its table holds.
+
+    observed_from: position from which the queries of a prompt are kept, to compress its KV; None: none are.
+    """
 
     table: BlockTable
     tokens: Sequence[int]
     start: int
+    observed_from: int | None = None
+
+    @property
+    def observed(self) -> int:
+        """How many of the last tokens are observed."""
+        stop = self.start + len(self.tokens)
+        return 0 if self.observed_from is None else max(0, stop - max(self.start, self.observed_from))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +83,18 @@ class _Group:
     rows: of the iteration (None: all). slots: [layers, n], where the new keys and values are stored in the arena;
     negative for those that are quantized or not stored. parts: the rows by precision. passing: in a group of
     ``kv_only``, the rows of the iteration that run all of the MHA block; the others only write keys and values. None
-    elsewhere: all run it.
+    elsewhere: all run it. observed: rows of the group whose queries are kept, and the position of the first of them.
     """
 
     rows: Tensor | None
     slots: Tensor
     parts: Sequence[_Part]
     passing: Tensor | None = None
+    observed: Sequence[_Observed] = ()
+
+
+_Observed = tuple[ObservedQueries, slice, int]
+"""Where queries of a request are kept, its rows, and the position of the first of them."""
 
 
 class _Sent:
@@ -151,7 +167,7 @@ class PagedBatch:
         self.kv_only = tuple(flag and bool(prefills) for flag in kv_only or [False] * len(windows))
         asked = set(wanted) if any(self.kv_only) else set()
         ends = np.array([i for i in range(len(decodes), len(packed)) if first_rows[i + 1] - 1 in asked], np.int64)
-        request = _Requests(held, counts, starts, first_rows, len(decodes), ends)
+        request = _Requests(packed, held, counts, starts, first_rows, len(decodes), ends)
         passing = np.concatenate([np.arange(len(decodes)), first_rows[ends + 1] - 1])
         tables = request.tables(bool(fill_to))
         sent = _Sent([tokens, positions, np.array(wanted, np.int64), *([passing] if any(self.kv_only) else [])])
@@ -193,7 +209,7 @@ class PagedBatch:
         for bits, some in by_bits.items():
             kv = self._kv_at(bits)
             rows = self._rows(request, tables, layers, some, self._arena if kv is None else kv)
-            prepared = self._prepare(attention, rows, kv)
+            prepared = self._prepare(attention, rows, kv, layers, request.prompts(some) if bits < 0 else None)
             own = [] if len(by_bits) == 1 else [np.searchsorted(group_rows, request.rows_of(some))]
             new = self._slots(rows)
             if isinstance(kv, QuantizedKV):
@@ -205,10 +221,11 @@ class PagedBatch:
             parts.append(
                 _part(prepared, kv, sent.add(own), sent.add([] if kv is None else [new]), sent.add(prepared.arrays))
             )
-        stored = sent.add([slots])
+        stored, observed = sent.add([slots]), request.observed(who, group_rows)
 
         def make() -> _Group:
-            return _Group(_first(all_rows()), stored()[0][:, : len(group_rows)], [part() for part in parts])
+            kept = stored()[0][:, : len(group_rows)]
+            return _Group(_first(all_rows()), kept, [part() for part in parts], observed=observed)
 
         return make
 
@@ -242,30 +259,44 @@ class PagedBatch:
             if not len(passing):
                 continue  # chunks that do not end their prompts
             asking = self._as_decodes(request, tables, layers, some, rows)
-            prepared = self._prepare(attention, asking, kv)
+            prepared = self._prepare(attention, asking, kv, layers, request.prompts(some) if bits < 0 else None)
             places = [np.searchsorted(group_rows, passing), np.searchsorted(all_passing, passing)]
             made = _part(
                 prepared, kv, sent.add([own]), sent.add([] if kv is None else [new]), sent.add(prepared.arrays)
             )
             parts.append(_asking(made, sent.add(places)))
-        stored = sent.add([slots, all_passing])
+        stored, observed = sent.add([slots, all_passing]), request.observed(who, group_rows)
 
         def make() -> _Group:
             kept, passing = stored()
-            return _Group(_first(all_rows()), kept[:, : len(group_rows)], [part() for part in parts], passing)
+            kept = kept[:, : len(group_rows)]
+            return _Group(_first(all_rows()), kept, [part() for part in parts], passing, observed)
 
         return make
 
     def _kv_at(self, bits: int) -> QuantizedKV | HiddenKV | None:
-        """Return where keys and values at some bits are stored, or hidden states for them; None for the arena."""
+        """Return where keys and values at some bits are stored, or hidden states for them; None for the arena.
+
+        Bits below 0 are those of requests with compressed prompts.
+        """
         if self._stores_hidden:
             assert bits in (16, HIDDEN)  # of a prompt, and after its prefill
             return HiddenKV(self._arena, self._arena.block_tokens * (1 if bits == 16 else 2))
-        return QuantizedKV(self._arena, bits) if bits < 16 else None
+        return QuantizedKV(self._arena, abs(bits)) if abs(bits) < 16 else None
 
-    def _prepare(self, attention: Attention, rows: Rows, kv: QuantizedKV | HiddenKV | None) -> Prepared:
+    def _prepare(
+        self,
+        attention: Attention,
+        rows: Rows,
+        kv: QuantizedKV | HiddenKV | None,
+        layers: Sequence[int],
+        prompts: Sequence[PackedPrompt] | None,
+    ) -> Prepared:
+        """Arrange the attention of rows; ``prompts``: how those of the requests are packed, None if they are not."""
         if isinstance(kv, HiddenKV):
             return PreparedHidden(rows, self._arena, kv)
+        if prompts is not None:
+            return PreparedCompressed(rows, self._arena, kv, layers, prompts)
         return attention.prepare(rows, self._arena) if kv is None else PreparedQuantized(rows, self._arena, kv)
 
     def _as_decodes(
@@ -320,7 +351,7 @@ class PagedBatch:
         lengths = request.counts[chunks]
         return Rows(
             table=table,
-            context=(request.starts[single] + 1).astype(np.int32),
+            context=(request.starts[single] + 1 - request.saved[single]).astype(np.int32),
             first=first,
             last=last,
             keeps_all=keeps_all,
@@ -357,9 +388,10 @@ class PagedBatch:
 
     @property
     def uniform(self) -> bool:
-        """Whether every layer runs for all requests or for none, with KV at 16 bits."""
+        """Whether every layer runs for all requests or for none, with keys and values at 16 bits, none compressed."""
         return all(
-            (group.rows is None or not group.rows.numel()) and all(part.kv is None for part in group.parts)
+            (group.rows is None or not group.rows.numel())
+            and all(part.kv is None and not isinstance(part.prepared, PreparedCompressed) for part in group.parts)
             for group in self._groups
         )
 
@@ -403,6 +435,8 @@ class PagedBatch:
             eps=eps,
             offset=offset,
         )
+        for observed, rows, position in group.observed:
+            observed.note(layer, position, query[rows])
         for part in group.parts if self._stores_hidden else ():
             assert isinstance(part.kv, HiddenKV)
             assert part.slots is not None
@@ -485,15 +519,39 @@ class _Requests:
     """The requests of an iteration, on the host: decodes, then prompt chunks.
 
     held: their KV blocks. counts, starts: new tokens of each, and tokens before. rows: the first row of each, and the
-    number of rows. decodes: how many are decodes. ends: the prompts that end. full: whether all KV has 16 bits.
+    number of rows. decodes: how many are decodes. ends: the prompts that end. full: whether all KV has 16 bits, and no
+    prompt is compressed. saved: how many slots less than tokens each has in a layer.
     """
 
     def __init__(
-        self, held: list[HeldBlocks], counts: Int64s, starts: Int64s, rows: Int64s, decodes: int, ends: Int64s
+        self,
+        packed: Sequence[Packed],
+        held: list[HeldBlocks],
+        counts: Int64s,
+        starts: Int64s,
+        rows: Int64s,
+        decodes: int,
+        ends: Int64s,
     ) -> None:
         self.held, self.counts, self.starts, self.rows, self.decodes = held, counts, starts, rows, decodes
-        self.ends = ends
+        self.ends, self._packed = ends, packed
         self.full = all(one.full for one in held)
+        self.saved = np.array([one.saved for one in held], np.int64)
+
+    def prompts(self, who: npt.NDArray[np.intp]) -> list[PackedPrompt]:
+        """Return how the compressed prompts of some requests are packed."""
+        return [cast(PackedPrompt, self._packed[i].table.packed) for i in who]
+
+    def observed(self, who: npt.NDArray[np.intp], group_rows: Int64s) -> list[_Observed]:
+        """Return which rows of some requests are observed, among those of a group."""
+        found = []
+        for i in who[who >= self.decodes]:
+            one, count = self._packed[i], self._packed[i].observed
+            if count:
+                stop = int(np.searchsorted(group_rows, self.rows[i + 1] - 1)) + 1
+                position = one.start + len(one.tokens) - count
+                found.append((observed_of(one.table), slice(stop - count, stop), position))
+        return found
 
     def tables(self, power_of_two: bool) -> tuple[Int32s, Int32s]:
         """Return the KV blocks [layers, requests, w] of the decodes, and those of the prompt chunks.

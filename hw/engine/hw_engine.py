@@ -17,12 +17,13 @@ from functools import lru_cache, partial
 
 from hw.elastic.attention import Attention
 from hw.elastic.attention_choice import find_attention
+from hw.elastic.compressed_kv import PromptCompressor
 from hw.elastic.copies import LayerCopier
 from hw.elastic.device import Accelerator
 from hw.elastic.device_memory import DeviceMemory
 from hw.elastic.graphs import DecodeGraphs
 from hw.elastic.kv_storage import ArenaStorage
-from hw.elastic.model import ElasticModel, check_real_plan
+from hw.elastic.model import ElasticModel
 from hw.elastic.paged_kv import KVArena
 from hw.engine.clock import Clock, RealClock
 from hw.engine.iteration_log import MemoryRow, Shape
@@ -177,7 +178,11 @@ class HwEngine(Replica):
                 print(f"warning: {problem}", file=sys.stderr)
             tokens = max(config.limits.max_batch_tokens, config.limits.max_running)
             graph_bytes = workspace_bytes - needed_bytes(elastic.spec, config, found, tokens)
-        self._storage = ArenaStorage(self.arena, host_blocks=elastic.spec.num_layers * config.host_kv_blocks)
+        self._storage = ArenaStorage(
+            self.arena,
+            host_blocks=elastic.spec.num_layers * config.host_kv_blocks,
+            compressor=PromptCompressor(self.arena, elastic),
+        )
         self._copier = copier or LayerCopier(elastic, clock.source)
         elastic.streams.clock = clock
         weights = TorchWeights(elastic, self._copier, clock, self.memory)
@@ -207,7 +212,7 @@ class HwEngine(Replica):
             workspace_bytes=workspace_bytes,
             # Plans recur, and evaluating a fitted quality model may take longer than an iteration's share of a token.
             quality_nll=lru_cache(maxsize=4096)(quality_nll) if quality_nll is not None else None,
-            check_bits=partial(check_real_plan, ordered=elastic.ordered, hidden=plan.kv_hidden),
+            check_bits=partial(elastic.check, hidden=plan.kv_hidden),
             late_arrivals=True,
             on_token=on_token,
             holds=holds,
@@ -313,12 +318,13 @@ class HwEngine(Replica):
 def _prepare(elastic: ElasticModel, plan: Plan, plans: Iterable[Plan] | None) -> None:
     """Bring a dense model to the plan, with every copy that a later plan may need in the store."""
     check_plan(elastic.spec, plan)
+    later = [] if plans is None else list(plans)
+    elastic.find_directions([plan, *later])
     if plans is None:
         elastic.prepare(WEIGHT_BITS)
     else:
-        later = list(plans)
         for one in later:  # or it would be refused in the middle of a run
-            check_real_plan(one, ordered=elastic.ordered, hidden=plan.kv_hidden)
+            elastic.check(one, hidden=plan.kv_hidden)
         elastic.prepare_for([plan, *later])
     elastic.apply(plan)
 

@@ -22,6 +22,7 @@ from hw.elastic.copies import LayerCopier
 from hw.elastic.device_memory import DeviceMemory, attempt
 from hw.elastic.forward import NotANumberError, all_finite, forward
 from hw.elastic.graphs import OPERATIONS, DecodeGraphs
+from hw.elastic.kv_compression.packing import OBSERVED
 from hw.elastic.model import ElasticModel
 from hw.elastic.paged_attention import Packed, PagedBatch
 from hw.elastic.paged_kv import KVArena
@@ -254,7 +255,9 @@ class TorchExecutor:
             NumericsError: when the model gives a value that is not a finite number.
         """
         single = [self._packed(live, 1) for live in iteration.decodes]
-        chunks = [self._packed(live, tokens) for live, tokens in iteration.prefills]
+        way = iteration.plan.kv_compression
+        observed = 0 if way is None else OBSERVED.get(way.method, 0)
+        chunks = [self._packed(live, tokens, observed) for live, tokens in iteration.prefills]
         # Rows of the pass whose logits count: every decode, and the last token of a chunk that ends its prefill.
         caught_up, rows, row = list(iteration.decodes), list(range(len(single))), len(single)
         for live, tokens in iteration.prefills:
@@ -279,9 +282,10 @@ class TorchExecutor:
         wanted = [(row, live, self._sampling(live.request_id)) for row, live in enumerate(caught_up)]
         return [Draw(row, sampling, live.produced_tokens) for row, live, sampling in wanted if sampling is not None]
 
-    def _packed(self, live: LiveRequest, tokens: int) -> Packed:
-        start = live.computed_tokens
-        return Packed(live.table, self.tokens_of(live)[start : start + tokens], start)
+    def _packed(self, live: LiveRequest, tokens: int, observed: int = 0) -> Packed:
+        """Return what a request adds; ``observed``: of how many of its last prompt tokens the queries are kept."""
+        start, since = live.computed_tokens, live.target_tokens - observed if observed else None
+        return Packed(live.table, self.tokens_of(live)[start : start + tokens], start, since)
 
     def _batch(
         self,

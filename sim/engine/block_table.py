@@ -55,6 +55,7 @@ class BlockTable:
     prefix_layer_blocks: KV blocks of one layer in each prefix block.
     read: what a device keeps of ``blocks`` between iterations (hw/elastic/block_arrays.py). unchanged: how many leading
         blocks of every layer are as they were read.
+    observed: what a device keeps of a prompt that is being computed, to compress it. packed: how it has compressed it.
     """
 
     mha: frozenset[int] = frozenset()
@@ -66,6 +67,8 @@ class BlockTable:
     prefix_layer_blocks: int = 0
     read: object = None
     unchanged: int = 0
+    observed: object = None
+    packed: object = None
 
     @property
     def own_layer_blocks(self) -> int:

@@ -109,12 +109,17 @@ class KVManager:
         table.mha = table.mha & self.decode_mha
         formats = kv_formats(self._model, plan, self._config.kv_block_tokens)
         if formats is not None and not table.prefix:  # a request that holds prefix blocks keeps all of its KV
-            if self._storage is not None:
+            saved = saved_tokens(plan, live.computed_tokens)
+            if self._storage is not None and saved:
+                assert plan.kv_compression is not None
+                table.packed = self._storage.compress(table, live.computed_tokens, plan.kv_compression, formats)
+            elif self._storage is not None:
                 for layer in sorted(table.blocks):
                     source, target = table.end_prefill(layer, live.computed_tokens, formats[layer])
                     if source:
                         self._storage.copy(source, target, formats[layer].bits, hidden=formats[layer].hidden)
-            table.formats, table.saved_tokens = formats, saved_tokens(plan, live.computed_tokens)
+            table.formats, table.saved_tokens = formats, saved
+        table.observed = None
         self.hold(live, live.computed_tokens)
 
     def let_go(self, live: LiveRequest, owner: int = NO_OWNER) -> None:

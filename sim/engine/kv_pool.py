@@ -20,7 +20,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from sim.cost.kv_format import KVFormat
+    from sim.cost.plan import KVCompression
+    from sim.engine.block_table import BlockTable
 
 NO_OWNER = -1
 
@@ -52,6 +57,16 @@ class KVStorage(Protocol):
 
         Raises:
             MemoryError: if memory ran out; the content of the target slots is undefined then.
+        """
+        ...
+
+    def compress(self, table: BlockTable, tokens: int, way: KVCompression, formats: Sequence[KVFormat]) -> object:
+        """Compress the KV of a prompt of ``tokens`` tokens in place; return how to read it (``table.packed``).
+
+        Afterwards the first slots of each layer hold it, in its format, as many as there are tokens less those saved.
+
+        Raises:
+            MemoryError: if memory ran out; the content of the request is undefined then.
         """
         ...
 

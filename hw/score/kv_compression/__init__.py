@@ -1,10 +1,5 @@
-"""Compression of a prompt's KV as other systems publish it, on the real model, and what each loses at equal bytes.
+"""What published ways to compress a prompt's KV lose on the real model at equal bytes (hw/elastic/kv_compression).
 
-ada_kv     Ada-KV: tokens chosen in each head by attention, with a budget that the heads of a layer share
-think      ThinK: channels of the keys that queries use least are dropped
-lorc       LoRC: keys and values in the first singular directions of their weights
-refree_kv  ReFreeKV: the middle of the prompt is dropped until attention has lost a share of its norm
-
-``prompt_kv`` is what a prompt leaves in a layer, and what a method stores of it; ``variants`` lists what is compared,
-together with this project's own ways to hold less KV; ``continuation`` measures the loss of what comes after.
+``variants`` lists what is compared, together with this project's own ways to hold less KV; ``continuation`` measures
+the loss of what comes after; ``compare`` is the command, and ``page`` its page.
 """

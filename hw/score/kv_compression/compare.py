@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from hw.elastic.kv_compression import refree_kv
 from hw.elastic.model import ElasticModel
 from hw.elastic.processor import processor_name
 from hw.score.job import Job
-from hw.score.kv_compression import refree_kv
 from hw.score.kv_compression.continuation import continuation_nll, read_prompt
 from hw.score.kv_compression.page import page, plot
 from hw.score.kv_compression.variants import FULL, Variant, compressed, variants

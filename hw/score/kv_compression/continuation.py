@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hw.elastic import ops
+from hw.elastic.kv_compression.prompt_kv import LayerKV, StoredKV
 from hw.elastic.model import ElasticModel, Rope
-from hw.score.kv_compression.prompt_kv import LayerKV, StoredKV
 from hw.score.nll import token_nll
 from sim.cost.plan import dense_plan
 
@@ -140,10 +140,16 @@ class _AfterPrompt:
 def continuation_nll(
     elastic: ElasticModel, prompt: Prompt, window: Tensor, stored: Sequence[StoredKV | None]
 ) -> Tensor:
-    """Return the NLL of each token after the prompt, FP32 [c], in nats.
+    """Return the NLL of each token after the prompt, FP32 [c], in nats; arguments as ``continuation``."""
+    ids = window.to(elastic.device)[None]
+    return token_nll(elastic, continuation(elastic, prompt, window, stored), ids[:, prompt.tokens - 1 :])[0]
 
-    The first one follows from the prompt's last hidden state, whatever is stored, as prefill computes it. The KV of the
-    tokens after the prompt stays as it is.
+
+@torch.inference_mode()
+def continuation(elastic: ElasticModel, prompt: Prompt, window: Tensor, stored: Sequence[StoredKV | None]) -> Tensor:
+    """Return the hidden states of the prompt's last token and of those after it, [1, 1 + c, e], after the last layer.
+
+    The first one is that of prefill, whatever is stored. The KV of the tokens after the prompt stays as it is.
 
     Args:
         window: ids [p + c] that begin with the prompt.
@@ -158,4 +164,4 @@ def continuation_nll(
         if stored[layer] is not None:
             hidden = hidden + elastic.attend(layer, hidden, rope, view)
         hidden = hidden + elastic.feed(layer, hidden)
-    return token_nll(elastic, torch.cat((prompt.last_hidden, hidden), 1), ids[:, prompt.tokens - 1 :])[0]
+    return torch.cat((prompt.last_hidden, hidden), 1)

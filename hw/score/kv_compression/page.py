@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hw.score.kv_compression.refree_kv import PUBLISHED
+from hw.elastic.kv_compression.refree_kv import PUBLISHED
 from sim.cost.quality import Text
 from sim.pages.render import commit_of, render, table
 from sim.results.plots import figure_file, line_style

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hw.elastic.kv_compression import ada_kv, lorc, refree_kv, think
+from hw.elastic.kv_compression.prompt_kv import Compress, LayerKV, StoredKV, full, kept_tokens
 from hw.elastic.model import ElasticModel
 from hw.elastic.quantized_kv import stored
-from hw.score.kv_compression import ada_kv, lorc, refree_kv, think
-from hw.score.kv_compression.prompt_kv import Compress, LayerKV, StoredKV, full, kept_tokens
 from sim.cost.model_spec import ModelSpec
-from sim.errors import ModelError
 
 # Shapes: l layers, p tokens of the prompt.
 
@@ -104,7 +103,7 @@ def _kv_keep(factor: float) -> Compress:
 
 def _lorc_variants(elastic: ElasticModel, factors: Sequence[float]) -> Iterator[Variant]:
     """Yield LoRC, then with the same rank in all layers, then with all of the values (which its paper does not do)."""
-    keys, values = key_and_value_directions(elastic)
+    keys, values = lorc.key_and_value_directions(elastic.layers, elastic.spec)
     directions, layers = keys[0].count, len(keys)
     conditions = [a.log_condition + b.log_condition for a, b in zip(keys, values, strict=True)]
     for name, logs in (("LoRC", conditions), ("LoRC, equal ranks", [0.0] * layers)):
@@ -131,25 +130,6 @@ def _lorc(
     value_ranks: Sequence[int],
 ) -> Compress:
     return lambda at, layer: lorc.compress(layer, keys[at], values[at], key_ranks[at], value_ranks[at])
-
-
-def key_and_value_directions(elastic: ElasticModel) -> tuple[list[lorc.Directions], list[lorc.Directions]]:
-    """Return the singular directions of the key and the value weights of all layers.
-
-    Raises:
-        ModelError: for a model that normalizes keys, whose keys are no product with a weight.
-    """
-    spec = elastic.spec
-    of_queries, of_keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    found: tuple[list[lorc.Directions], list[lorc.Directions]] = ([], [])
-    for layer in elastic.layers:
-        if layer.k_norm is not None:
-            raise ModelError(f"LoRC needs keys that are a product with a weight, but {spec.name} normalizes its keys")
-        for place, listed in enumerate(found):
-            rows = slice(of_queries + place * of_keys, of_queries + (place + 1) * of_keys)
-            bias = None if layer.qkv.bias is None else layer.qkv.bias.value[rows]
-            listed.append(lorc.Directions.of(layer.qkv.weight.value[rows], bias))
-    return found
 
 
 def bits_of_layers(spec: ModelSpec, factor: float) -> list[int] | None:

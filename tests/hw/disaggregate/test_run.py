@@ -259,6 +259,7 @@ def test_a_connection_without_the_key_is_closed() -> None:
         ("hw.clock=cpu", "share only the wall clock"),
         ("budget=steps", "need a constant budget"),
         ("policy=fixed policy.kv_hidden=true model=llama2_7b", "cannot send the other"),
+        ("policy=fixed policy.kv_method=ada_kv policy.kv_percent=70", "does not send the other how a prompt is packed"),
     ],
 )
 def test_what_two_processes_cannot_serve_is_refused_before_they_get_it(override: str, message: str) -> None:

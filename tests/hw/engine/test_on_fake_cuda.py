@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from hw.elastic.compressed_kv import PromptCompressor
 from hw.elastic.device import Event
 from hw.elastic.model import ElasticModel
 from hw.engine.hw_engine import HwEngine
 from hw.engine.prompts import RandomPrompts
 from hw.engine.torch_executor import NumericsError
 from sim.cost.memory import budget_for_kv_blocks, weight_bytes
-from sim.cost.plan import Plan, dense_plan, drop, with_mask
+from sim.cost.plan import KV_METHODS, KVCompression, Plan, dense_plan, drop, with_mask
 from sim.engine.budget import Budget
 from sim.engine.replica import MOST_REFUSALS, RETRY_S
 from sim.errors import BudgetError
@@ -391,3 +392,40 @@ def test_a_plan_that_saves_memory_is_reached_from_weights_above_the_budget() -> 
         assert engine.elastic.bytes() == weight_bytes(spec, small)
         assert engine.drained
     assert (engine.records().status == Status.FINISHED).all()
+
+
+@pytest.mark.parametrize("method", KV_METHODS)
+def test_no_request_is_lost_when_the_device_refuses_memory_to_compress_a_prompt(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(dense_plan(tiny_spec()), kv_compression=KVCompression(method=method, percent=60))
+    rows, compress, watched = some_rows(5, 5, longest_output=10), PromptCompressor.compress, []
+
+    def run(refuse: frozenset[int]) -> HwEngine:
+        with FakeCuda(polls=2) as device:
+
+            def counted(*arguments: Any) -> Any:
+                first = device.allocations
+                found = compress(*arguments)
+                watched.extend(range(first, device.allocations))
+                return found
+
+            monkeypatch.setattr(PromptCompressor, "compress", counted)
+            engine = engine_on(device, plan=plan, plans=[plan], kv_blocks=24, piece_bytes=1024)
+            device.refuse = refuse
+            engine.submit(requests(rows))
+            engine.run_until(math.inf)
+            engine.check()
+            assert [len(engine.tokens(i)) for i in range(len(rows))] == [output for _, _, output in rows]
+            assert all(row.allocated_bytes == row.predicted_bytes for row in engine.memory_rows())
+            assert all(live.table.packed is None for live in engine.queues.waiting)
+            engine.close()
+        return engine
+
+    assert run(frozenset()).out_of_memory == 0
+    inside = list(watched)
+    assert len(inside) > 20
+    for number in random.Random(3).sample(inside, 4):
+        engine = run(frozenset([number]))
+        assert engine.out_of_memory == 1
+        assert engine.records().preemptions.sum() > 0

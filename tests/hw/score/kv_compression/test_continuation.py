@@ -14,16 +14,15 @@ torch = pytest.importorskip("torch", reason="the real model needs torch: pip ins
 pytest.importorskip("transformers", reason="the real model needs transformers: pip install -e '.[hw]'")
 
 from hw.elastic.kv import RequestKV  # noqa: E402
+from hw.elastic.kv_compression import lorc, refree_kv  # noqa: E402
+from hw.elastic.kv_compression.prompt_kv import attention, full, kept_tokens  # noqa: E402
 from hw.elastic.model import ElasticModel  # noqa: E402
-from hw.score.kv_compression import lorc, refree_kv  # noqa: E402
 from hw.score.kv_compression.continuation import Prompt, continuation_nll, read_prompt  # noqa: E402
 from hw.score.kv_compression.page import better_than, losses, page, reach  # noqa: E402
-from hw.score.kv_compression.prompt_kv import attention, full, kept_tokens  # noqa: E402
 from hw.score.kv_compression.variants import (  # noqa: E402
     FULL,
     bits_of_layers,
     compressed,
-    key_and_value_directions,
     variants,
 )
 from hw.score.nll import measure  # noqa: E402
@@ -200,7 +199,7 @@ def test_layers_go_to_8_and_then_to_4_bits_until_the_share_is_reached() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
 def test_the_directions_of_a_model_are_those_of_its_own_keys_and_values(family: str) -> None:
     elastic, _, prompt = read(family)
-    keys, values = key_and_value_directions(elastic)
+    keys, values = lorc.key_and_value_directions(elastic.layers, elastic.spec)
     for layer, of_keys, of_values in zip(prompt.layers, keys, values, strict=True):
         # Nothing is lost in all directions but for rounding, which the shortcut for all of them would hide.
         wide = lorc.Directions(torch.cat((of_values.basis, of_values.basis[:, :1] * 0), 1), 0.0, of_values.bias)
@@ -210,8 +209,9 @@ def test_the_directions_of_a_model_are_those_of_its_own_keys_and_values(family: 
 
 
 def test_lorc_refuses_a_model_that_normalizes_its_keys() -> None:
+    elastic = ElasticModel(tiny("qwen3"), name="tiny")
     with pytest.raises(ModelError, match="LoRC needs keys that are a product with a weight"):
-        key_and_value_directions(ElasticModel(tiny("qwen3"), name="tiny"))
+        lorc.key_and_value_directions(elastic.layers, elastic.spec)
 
 
 # --- The command and its page ----------------------------------------------------------------------------------------

@@ -24,8 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hw.elastic.kv_compression.prompt_kv import LayerKV, StoredKV
+from hw.elastic.layers import Layer
 from hw.elastic.ops import rotate
-from hw.score.kv_compression.prompt_kv import LayerKV, StoredKV
+from sim.cost.model_spec import ModelSpec
+from sim.errors import ModelError
 
 # Shapes: h KV heads, p tokens of the prompt, d head_dim, e hidden size, l layers, R = min(h d, e) directions.
 
@@ -55,6 +58,15 @@ class Directions:
         """R, how many directions there are."""
         return self.basis.shape[1]
 
+    def first(self, count: int) -> Directions:
+        """Return the first ``count`` of them."""
+        return Directions(self.basis[:, :count], self.log_condition, self.bias)
+
+    def copy(self) -> Directions:
+        """Return them in memory of their own: the others can be freed, and the weights that they are of."""
+        bias = None if self.bias is None else self.bias.clone()
+        return Directions(self.basis.clone(memory_format=torch.contiguous_format), self.log_condition, bias)
+
 
 def layer_ranks(log_conditions: Sequence[float], directions: int, factor: float) -> list[int]:
     """Return the rank of each layer; together they are ``factor`` of all directions, to the nearest.
@@ -83,6 +95,23 @@ def _rounded(values: Sequence[float], total: int) -> list[int]:
     return found
 
 
+def coefficients(vectors: Tensor, directions: Directions, rank: int) -> Tensor:
+    """Return the coefficients [p, r] in FP32 of keys (before rotation) or values [h, p, d] in the first directions."""
+    heads, tokens, head_dim = vectors.shape
+    flat = vectors.float().transpose(0, 1).reshape(tokens, heads * head_dim)
+    if directions.bias is not None:
+        flat = flat - directions.bias
+    return flat @ directions.basis[:, :rank]
+
+
+def from_coefficients(stored: Tensor, directions: Directions, head_dim: int) -> Tensor:
+    """Return the keys (before rotation) or values [h, p, d] in FP32 that are read from coefficients [p, r]."""
+    read = stored.float() @ directions.basis[:, : stored.shape[1]].T
+    if directions.bias is not None:
+        read = read + directions.bias
+    return read.view(len(stored), -1, head_dim).transpose(0, 1)
+
+
 def truncated(vectors: Tensor, directions: Directions, rank: int) -> Tensor:
     """Return keys (before rotation) or values [h, p, d] as they are read when ``rank`` directions are stored.
 
@@ -90,27 +119,32 @@ def truncated(vectors: Tensor, directions: Directions, rank: int) -> Tensor:
     """
     if rank >= directions.count:
         return vectors
-    heads, tokens, head_dim = vectors.shape
-    flat = vectors.float().transpose(0, 1).reshape(tokens, heads * head_dim)
-    if directions.bias is not None:
-        flat = flat - directions.bias
-    basis = directions.basis[:, :rank]
-    read = flat @ basis @ basis.T
-    if directions.bias is not None:
-        read = read + directions.bias
-    return read.view(tokens, heads, head_dim).transpose(0, 1).to(vectors.dtype)
+    return from_coefficients(coefficients(vectors, directions, rank), directions, vectors.shape[-1]).to(vectors.dtype)
+
+
+def turned_back(keys: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Return keys [h, p, d] before their rotation, in FP32; cos and sin [p, d_rot] are None without one."""
+    if cos is None or sin is None:
+        return keys.float()
+    cos, sin = cos.float(), sin.float()
+    # Some rotations also scale: the inverse divides by the square of that.
+    size = cos.square() + sin.square()
+    return rotate(keys.float().transpose(0, 1), cos / size, -sin / size).transpose(0, 1)
+
+
+def turned(keys: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Return keys [h, p, d] of FP32 after their rotation."""
+    if cos is None or sin is None:
+        return keys
+    return rotate(keys.transpose(0, 1), cos.float(), sin.float()).transpose(0, 1)
 
 
 def truncated_keys(layer: LayerKV, directions: Directions, rank: int) -> Tensor:
     """Return the rotated keys [h, p, d] of a layer as they are read when ``rank`` directions are stored."""
     if layer.cos is None or layer.sin is None or rank >= directions.count:
         return truncated(layer.keys, directions, rank)
-    cos, sin = layer.cos.float(), layer.sin.float()
-    # Some rotations also scale: the inverse divides by the square of that.
-    size = cos.square() + sin.square()
-    before = rotate(layer.keys.float().transpose(0, 1), cos / size, -sin / size).transpose(0, 1)
-    after = rotate(truncated(before, directions, rank).transpose(0, 1), cos, sin)
-    return after.transpose(0, 1).to(layer.keys.dtype)
+    before = turned_back(layer.keys, layer.cos, layer.sin)
+    return turned(truncated(before, directions, rank), layer.cos, layer.sin).to(layer.keys.dtype)
 
 
 def compress(
@@ -123,3 +157,26 @@ def compress(
     return StoredKV(
         keys=truncated_keys(layer, keys, key_rank), values=truncated(layer.values, values, value_rank), share=share
     )
+
+
+def key_and_value_directions(
+    layers: Sequence[Layer], spec: ModelSpec, count: int | None = None
+) -> tuple[list[Directions], list[Directions]]:
+    """Return the singular directions of the key and the value weights of all layers, which are resident at 16 bits.
+
+    Args:
+        count: how many of each weight; None for all.
+    Raises:
+        ModelError: for a model that normalizes keys, whose keys are no product with a weight.
+    """
+    of_queries, of_keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    found: tuple[list[Directions], list[Directions]] = ([], [])
+    for layer in layers:
+        if layer.k_norm is not None:
+            raise ModelError(f"LoRC needs keys that are a product with a weight, but {spec.name} normalizes its keys")
+        for place, listed in enumerate(found):
+            rows = slice(of_queries + place * of_keys, of_queries + (place + 1) * of_keys)
+            bias = None if layer.qkv.bias is None else layer.qkv.bias.value[rows]
+            directions = Directions.of(layer.qkv.weight.value[rows], bias)
+            listed.append(directions if count is None else directions.first(count).copy())
+    return found

@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 
+from hw.elastic.kv_compression import ada_kv, lorc, refree_kv, think  # noqa: E402
+from hw.elastic.kv_compression.prompt_kv import LayerKV, attention  # noqa: E402
 from hw.elastic.ops import rotate  # noqa: E402
-from hw.score.kv_compression import ada_kv, lorc, refree_kv, think  # noqa: E402
-from hw.score.kv_compression.prompt_kv import LayerKV, attention  # noqa: E402
 
 QUERY_HEADS, HEADS, TOKENS, HEAD_DIM, OBSERVED = 6, 2, 40, 8, 7
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hw.score.kv_compression.prompt_kv import LayerKV, StoredKV
+from hw.elastic.kv_compression.prompt_kv import LayerKV, StoredKV
 
 # Shapes: H query heads, h KV heads, p tokens of the prompt, n observed queries, d head_dim.
 
@@ -52,6 +52,25 @@ def channels_to_drop(factor: float, tokens: int, head_dim: int, recent: int = RE
     return count
 
 
+def channels_that_fit(tokens: int, stored_tokens: int, head_dim: int) -> tuple[int, int]:
+    """Return how many channels of a head go, and how many last tokens keep all, so that a prompt fits.
+
+    It then takes at most the bytes of ``stored_tokens`` tokens, which must be at least half as many as the prompt has.
+    The tokens that keep all channels are the last ``RECENT``, or fewer so that they take at most half of the room for
+    keys.
+    """
+    freed = tokens - stored_tokens
+    assert freed > 0
+    assert 2 * stored_tokens >= tokens
+    recent = min(RECENT, (2 * stored_tokens - tokens) // 2)
+    return -(-2 * head_dim * freed // (tokens - recent)), recent
+
+
+def unused_channels(layer: LayerKV, count: int, queries: int = QUERIES) -> Tensor:
+    """Return which ``count`` channels of each head queries use least, bool [h, d]."""
+    return lowest_channels(channel_scores(layer.queries[:, -queries:], layer.keys), count)
+
+
 def compress(layer: LayerKV, factor: float, queries: int = QUERIES, recent: int = RECENT) -> StoredKV:
     """Return a layer's KV without the channels that queries use least.
 
@@ -60,10 +79,16 @@ def compress(layer: LayerKV, factor: float, queries: int = QUERIES, recent: int 
     """
     head_dim = layer.keys.shape[-1]
     count = channels_to_drop(factor, layer.tokens, head_dim, recent)
-    gone = lowest_channels(channel_scores(layer.queries[:, -queries:], layer.keys), count)
-    earlier = layer.tokens - recent
-    keys = layer.keys.clone()
+    keys = layer.keys
     if count:
-        keys[:, :earlier] = keys[:, :earlier].masked_fill(gone[:, None], 0.0)
-    share = 1.0 - count * max(0, earlier) / (2 * head_dim * layer.tokens)
+        keys = without_channels(layer.keys, unused_channels(layer, count, queries), recent)
+    share = 1.0 - count * max(0, layer.tokens - recent) / (2 * head_dim * layer.tokens)
     return StoredKV(keys=keys, values=layer.values, share=share)
+
+
+def without_channels(keys: Tensor, gone: Tensor, recent: int) -> Tensor:
+    """Return keys [h, p, d] with zeros in the channels ``gone`` [h, d] of all but the last ``recent`` tokens."""
+    earlier = keys.shape[1] - recent
+    left = keys.clone()
+    left[:, :earlier] = left[:, :earlier].masked_fill(gone[:, None], 0.0)
+    return left

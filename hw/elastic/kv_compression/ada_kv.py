@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hw.score.kv_compression.prompt_kv import LayerKV, StoredKV, attention, kept_tokens
+from hw.elastic.kv_compression.prompt_kv import LayerKV, StoredKV, attention, kept_tokens
 
 # Shapes: h KV heads, p tokens of the prompt, n observed queries, m = p - n earlier tokens.
 
@@ -84,6 +84,14 @@ def _check_total(heads: int, earlier: int, recent: int, total: int) -> None:
         )
 
 
+def observed_tokens(stored_tokens: int) -> int:
+    """Return how many of a prompt's last tokens are observed and stay, if each head keeps this many in the mean.
+
+    Half of them at most, so that the shorter a prompt, the fewer its last tokens decide.
+    """
+    return max(1, min(QUERIES, stored_tokens // 2))
+
+
 def compress(layer: LayerKV, factor: float, queries: int = QUERIES, *, equal: bool = False) -> StoredKV:
     """Return a layer's KV with this share of its tokens.
 
@@ -92,5 +100,13 @@ def compress(layer: LayerKV, factor: float, queries: int = QUERIES, *, equal: bo
     Raises:
         ValueError: as ``select``.
     """
-    chosen = select_equal if equal else select
-    return kept_tokens(layer, chosen(head_scores(layer, queries), queries, round(factor * layer.heads * layer.tokens)))
+    return kept_tokens(layer, chosen(layer, round(factor * layer.heads * layer.tokens), queries, equal=equal))
+
+
+def chosen(layer: LayerKV, total: int, queries: int, *, equal: bool = False) -> Tensor:
+    """Return which tokens each head of a layer keeps, bool [h, p], ``total`` in all heads together.
+
+    Raises:
+        ValueError: as ``select``.
+    """
+    return (select_equal if equal else select)(head_scores(layer, queries), queries, total)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hw.score.kv_compression.prompt_kv import LayerKV, StoredKV, attention, kept_tokens
+from hw.elastic.kv_compression.prompt_kv import LayerKV, StoredKV, attention, kept_tokens
 
 # Shapes: H query heads, h KV heads, p tokens of the prompt, n queries.
 
