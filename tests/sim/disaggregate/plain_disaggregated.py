@@ -152,6 +152,12 @@ class PlainDisaggregated:
         prefilled = row.stage in ("prefill", "ready", "sending", "here") and row.live is not None
         return prefilled and row.live.status is Status.FINISHED and row.live.produced_tokens < self._most(row)  # type: ignore[union-attr]
 
+    def _order_of_end(self, row: Row) -> tuple[int, int]:
+        """Return a prompt's place among those that end at one moment: by replica, then as in its batch."""
+        assert row.home_engine is not None
+        assert row.live is not None
+        return self._column(row.home), list(row.home_engine.outside).index(row.live.request_id)
+
     def _most(self, row: Row) -> int:
         return min(row.request.output_tokens, self.limit - row.request.prompt_tokens)
 
@@ -172,7 +178,7 @@ class PlainDisaggregated:
                 member.engine.run_until(now_s)
         self._end_transfers(now_s)
         prefilled = [row for row in self.rows if row.stage == "prefill" and self._goes_on(row)]
-        for row in sorted(prefilled, key=lambda row: (self._column(row.home), row.live.request_id)):  # type: ignore[union-attr]
+        for row in sorted(prefilled, key=self._order_of_end):
             row.stage, row.left_bytes = "ready", Fraction(self._sent_bytes(row.tokens))
             self.ready.append(row)
         while coming and coming[0].request.arrival_s <= now_s:
