@@ -492,8 +492,8 @@ def check_real_plan(plan: Plan, *, ordered: bool = False, hidden: bool | None = 
         raise PlanError(
             f"this real engine cannot run FFN blocks at fewer channels ({describe(plan)!r}): it stores their channels "
             "in the order of the checkpoint. python -m hw.replay, hw.serve and hw.loop put them in order of importance "
-            "if the first plan, or one that the policy lists, cuts them; otherwise drop FFN blocks, or simulate the "
-            "plan"
+            "if the first plan, or one that the policy lists, cuts them: start with such a plan (policy=fixed "
+            "policy.ffn_width=7). Otherwise drop FFN blocks, or simulate the plan"
         )
     if ordered and any(plan.streamed):
         raise PlanError(

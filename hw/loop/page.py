@@ -92,9 +92,14 @@ def _hindsight(content: Mapping[str, Any]) -> dict[str, Any] | None:
     def off(cells: Sequence[Mapping[str, Any]]) -> float:
         return float(np.sqrt(np.mean([row["error"] ** 2 for row in cells])))
 
+    speed, points = content["speed"], content["verdict"]["level"]["points"]
     return {
-        "speed": float(np.mean(found["speeds"])),
+        "slower": {
+            bits: float(np.mean(speed["during_each"][bits]) / np.mean(each))
+            for bits, each in speed["before_each"].items()
+        },
         "hold": sum(row["holds"] for row in found["cells"]),
+        "within": sum(abs(row["error"]) <= points for row in found["cells"]),
         "off": off(found["cells"]),
         "off_predicted": off(content["verdict"]["level"]["cells"]),
     }

@@ -316,8 +316,8 @@ def check_plan(model: ModelSpec, plan: Plan) -> None:
             )
         if set(plan.kv_keep) != {KV_KEEP_ALL}:
             raise PlanError(
-                f"the plan compresses KV by {plan.kv_compression.method} and drops tokens by kv_keep; it was measured "
-                "for neither together: leave kv_keep out, or kv_compression"
+                f"the plan compresses KV by {plan.kv_compression.method} and drops tokens by kv_keep; the two were not "
+                "measured together: leave kv_keep out, or kv_compression"
             )
     _check_hidden(model, plan)
     for kind, kept_decode, kept_prefill, why in (
@@ -372,8 +372,8 @@ def _check_widths(model: ModelSpec, plan: Plan) -> None:
     if model.intermediate_size < LEAST_CHANNELS:
         raise PlanError(
             f"plan.ffn_width cuts FFN blocks of {model.name}, which have {model.intermediate_size} channels on a GPU; "
-            f"widths differ from {LEAST_CHANNELS} on: leave ffn_width at {FULL_WIDTH}, or divide the model among fewer "
-            "GPUs"
+            f"blocks of fewer than {LEAST_CHANNELS} are not cut: leave ffn_width at {FULL_WIDTH} (of a divided model, "
+            "each of fewer GPUs has more channels)"
         )
 
 
@@ -410,8 +410,8 @@ def _check_hidden(model: ModelSpec, plan: Plan) -> None:
             f"plan.kv_hidden keeps hidden states, which take {model.hidden_bytes_per_token_layer} bytes a token of "
             f"each layer of {model.name}, in place of keys and values, which take {model.kv_bytes_per_token_layer}; it "
             "needs half of them: a model on one GPU in which every query head has its own keys and values (no GQA), at "
-            "16 bits; use KV at fewer bits (kv_bits, policy=kv_precision) in place of kv_hidden, hidden in lists of "
-            "kv_bits, policy=hidden_cache or policy=apt_serve"
+            "16 bits. Leave kv_hidden, hidden in lists of kv_bits, policy=hidden_cache and policy=apt_serve out; KV at "
+            "fewer bits (kv_bits, policy=kv_precision) saves as much"
         )
     if set(plan.kv_keep) != {KV_KEEP_ALL} or set(plan.kv_bits) != {16} or plan.kv_compression is not None:
         raise PlanError(

@@ -267,9 +267,9 @@ def check_compression(model: ModelSpec, plan: Plan, *, normed_keys: bool, direct
         return
     if way.method in ("think", "lorc") and set(plan.kv_bits) != {16}:
         raise PlanError(
-            f"the real engine cannot compress KV by {way.method} and store it at fewer bits ({describe(plan)!r}): what "
-            "this method stores are no keys of heads, which have a scale each; leave kv_bits at 16, or compress by "
-            "ada_kv or refree_kv, or simulate the plan"
+            f"the real engine cannot compress KV by {way.method} and store it at fewer bits ({describe(plan)!r}): at "
+            "fewer bits each key and value of a head has a scale, and this method stores no such keys; leave kv_bits "
+            "at 16, or compress by ada_kv or refree_kv, or simulate the plan"
         )
     if way.method != "lorc":
         return
@@ -288,5 +288,6 @@ def check_compression(model: ModelSpec, plan: Plan, *, normed_keys: bool, direct
         raise PlanError(
             f"this real engine has found {directions} directions of the key and value weights for lorc, and "
             f"{way.percent} percent take {wanted}; it finds them when it starts, for its first plan and those that its "
-            "policy lists: list this plan, or simulate it"
+            f"policy lists. Start with such a plan (policy=fixed policy.kv_method=lorc "
+            f"policy.kv_percent={way.percent}), or simulate it"
         )

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("few_channels")
 
 
 def test_an_engine_without_channels_in_order_refuses_such_a_plan_at_its_start_and_later() -> None:
-    with pytest.raises(PlanError, match="otherwise drop FFN blocks, or simulate the plan"):
+    with pytest.raises(PlanError, match="Otherwise drop FFN blocks, or simulate the plan"):
         hw_engine(plan=NARROW)
     with pytest.raises(PlanError, match="put them in order of importance if the first plan"):
         hw_engine(plans=[NARROW])

@@ -63,7 +63,9 @@ def test_one_width_is_needed_for_each_layer() -> None:
 def test_blocks_of_few_channels_are_not_cut() -> None:
     small = replace(LLAMA, intermediate_size=511)
     check_plan(small, DENSE)
-    with pytest.raises(PlanError, match="which have 511 channels on a GPU; widths differ from 512 on: leave ffn_width"):
+    with pytest.raises(
+        PlanError, match="which have 511 channels on a GPU; blocks of fewer than 512 are not cut: leave ffn_width"
+    ):
         check_plan(small, cut(7))
     for size in range(512, 1600, 3):
         assert len({ffn_channels(size, width) for width in FFN_WIDTHS}) == 4

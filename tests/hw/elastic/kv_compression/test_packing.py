@@ -196,6 +196,8 @@ def test_what_cannot_be_compressed_is_refused_with_what_to_do() -> None:
     with pytest.raises(PlanError, match="keeps no direction of 8 at 12 percent; keep at least 13 percent"):
         check_compression(tiny, plan("lorc", percent=12), normed_keys=False)
     check_compression(tiny, plan("lorc", percent=13), normed_keys=False)
-    with pytest.raises(PlanError, match=r"has found 0 directions.*70 percent take 134.*list this plan, or simulate it"):
+    with pytest.raises(
+        PlanError, match=r"has found 0 directions.*70 percent take 134.*policy.kv_percent=70\), or simulate it"
+    ):
         check_compression(SPEC, plan("lorc"), normed_keys=False, directions=0)
     check_compression(SPEC, plan("lorc"), normed_keys=False, directions=134)
