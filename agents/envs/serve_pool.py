@@ -190,7 +190,7 @@ def reference_policy(setting: ServeSetting, window: Window) -> Policy:
 
 def _key(setting: ServeSetting, options: PoolOptions, sources: Sequence[str]) -> str:
     """Return a name for everything that a pool depends on, except the code."""
-    split = {key: value for key, value in serve_split().items() if key not in ("sources", "randomize")}
+    split = {key: value for key, value in serve_split().items() if key not in ("sources", "randomize", "first_place")}
     named = {name: serve_split()["sources"][name] for name in sources}
     stated = json.dumps([split, named, setting.stated, asdict(options)], sort_keys=True, default=str)
     return hashlib.sha256(stated.encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ from agents.envs.prune_loads import Split
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_lists import FILE, SCENARIOS, SHARES, check_scenarios, memory_of, scenario_kwargs, server_of
 from agents.envs.serve_pool import reference_attainment
-from agents.envs.serve_sources import source_of, sources_with
+from agents.envs.serve_sources import serve_split, source_of, sources_with
 from agents.envs.serve_windows import Window
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError
@@ -157,7 +157,7 @@ def chosen_rows(
         combinations *= 3
     order = np.random.default_rng(len(blocks)).permutation(len(blocks))
     # Scenarios follow each other in the order of blocks.
-    at = itertools.count(number * ENOUGH_BLOCKS)
+    at = itertools.count(first_place(split) + number * ENOUGH_BLOCKS)
     rows = []
     for load, budget in combinations:
         for _ in range(TRIES):
@@ -214,6 +214,11 @@ def decides(setting: ServeSetting, window: Window) -> bool:
     engine = setting.build_engine(window, dense)
     engine.run_until(math.inf)
     return float(met_slo(engine.records(), setting.slo).mean()) != reference
+
+
+def first_place(split: Split) -> int:
+    """Return the number from which a split's draws of blocks, starts and budgets are counted (conf/split/serve.yaml)."""
+    return int(serve_split().get("first_place", {}).get(split, 0))
 
 
 # --- Command ---------------------------------------------------------------------------------------------------------
