@@ -217,7 +217,7 @@ def decides(setting: ServeSetting, window: Window) -> bool:
 
 
 def first_place(split: Split) -> int:
-    """Return the number from which a split's draws of blocks, starts and budgets are counted (conf/split/serve.yaml)."""
+    """Return where the numbers begin that a split's windows are drawn by (``first_place`` of conf/split/serve.yaml)."""
     return int(serve_split().get("first_place", {}).get(split, 0))
 
 

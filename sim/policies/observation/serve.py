@@ -37,7 +37,7 @@ from sim.cost.plan import (
 from sim.cost.streaming import nested_layers
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
-from sim.errors import ConfigError, nearest
+from sim.errors import ConfigError, PlanError, nearest
 from sim.limits import is_whole
 from sim.policies.greedy_stop import block_of
 from sim.policies.observation.prune import Entry, ObservationSpec
@@ -195,8 +195,8 @@ def serve_actions(
         dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
         PlanError: for a plan that is not legal, or an order made for another model.
-        ConfigError: for a list that is empty or has an entry that is not allowed, or if there is no plan with hidden
-            states, though they are asked for.
+        ConfigError: for a list that is empty, or has an entry that is not allowed, or one twice, or if there is no plan
+            with hidden states, though they are asked for.
     """
     check_made_for(model, made_for, "actions")
     if not is_positive(dwell_s) and dwell_s != 0.0:
@@ -319,7 +319,7 @@ def _check_lists(model: ModelSpec, blocks: int, **lists: Sequence[Any]) -> None:
     """Check the lists of ``serve_actions``; ``blocks`` is the length of the order.
 
     Raises:
-        ConfigError: for a list that is empty or has an entry that is not allowed.
+        ConfigError: for a list that is empty, or has an entry that is not allowed, or one twice.
     """
     for name, values in lists.items():
         if isinstance(values, str | Mapping) or not isinstance(values, Sequence) or not values:
@@ -327,6 +327,8 @@ def _check_lists(model: ModelSpec, blocks: int, **lists: Sequence[Any]) -> None:
                 f"actions.{name} is {values!r:.80}; it must be a list of at least one entry, such as "
                 f"{LIST_EXAMPLES[name]}"
             )
+        if len({repr(value) for value in values}) < len(values):
+            raise ConfigError(f"actions.{name} is {list(values)!r:.80}; an entry is there twice, leave one out")
     layers = model.num_layers, f"the layers of {model.name}"
     for name, (most, what) in {
         "drops": (blocks, "the length of actions.order"),
@@ -362,7 +364,10 @@ def _compression(way: Mapping[str, Any] | None) -> KVCompression | None:
             f"actions.kv_compression has {way!r:.80}; an entry is null, or a method and the percent of a prompt's "
             "bytes that stay, such as {method: ada_kv, percent: 70}"
         )
-    return KVCompression(method=way["method"], percent=way["percent"])
+    try:
+        return KVCompression(method=way["method"], percent=way["percent"])
+    except PlanError as error:
+        raise PlanError(f"actions.kv_compression: {error}") from error
 
 
 def _compression_name(way: KVCompression | None) -> str:

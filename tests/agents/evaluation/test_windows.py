@@ -82,6 +82,19 @@ def test_scenarios_use_other_blocks_as_long_as_there_are_some(
     assert len(set(used)) == 20
 
 
+def test_a_new_claim_draws_windows_that_none_had_before(setting: ServeSetting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agents.evaluation.windows.decides", lambda *_: True)
+    blocks, rates = blocks_of(setting, "gamma", "test", 0.7), [0.7, 0.65, 0.6]
+    drawn: list[set[tuple[float, int]]] = []
+    for first in (0, 500):
+        monkeypatch.setattr("agents.evaluation.windows.first_place", lambda _, first=first: first)
+        rows = [row for name in SCENARIOS for row in chosen_rows(setting, "gamma", "test", name, rates, blocks)]
+        drawn.append({(row[0], row[3]) for row in rows})
+    before, after = drawn
+    assert not {start_s for start_s, _ in before} & {start_s for start_s, _ in after}
+    assert not {seed for _, seed in before} & {seed for _, seed in after}
+
+
 @pytest.mark.skipif(not sources_with("test")[0].count("burstgpt"), reason="needs published traces: set RAP_LAB_DATA")
 def test_a_source_that_repeats_one_piece_has_one_block(setting: ServeSetting) -> None:
     assert len(blocks_of(setting, "burstgpt", "test", 20.0)) == 1

@@ -286,7 +286,7 @@ def test_a_table_may_have_compressed_kv() -> None:
     for wrong in ("ada_kv", {"method": "ada_kv"}, {"method": "ada_kv", "percent": 70, "layers": 3}):
         with pytest.raises(ConfigError, match="an entry is null, or a method and the percent"):
             serve_actions(MODEL, kv_compression=(wrong,))  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="there is no way"):
+    with pytest.raises(PlanError, match=r"actions.kv_compression: there is no way"):
         serve_actions(MODEL, kv_compression=({"method": "zip", "percent": 70},))
 
 
@@ -326,6 +326,8 @@ def test_a_table_may_have_narrower_ffn_blocks() -> None:
         ({"kv_bits": "hidden"}, "actions.kv_bits is 'hidden'; it must be a list"),
         ({"kv_bits": [16, 8.0]}, r"actions.kv_bits is \[16, 8.0\]; allowed are 16, 8, 4, hidden"),
         ({"kv_bits": [[16]]}, "actions.kv_bits is"),
+        ({"kv_bits": [16, 16]}, r"actions.kv_bits is \[16, 16\]; an entry is there twice, leave one out"),
+        ({"kv_compression": [{"method": "think", "percent": 90}] * 2}, "an entry is there twice"),
         ({"compute_bits": [8.0]}, r"actions.compute_bits is \[8.0\]; allowed are 16, 8, 4$"),
         ({"kv_compression": None}, r"actions.kv_compression is None; .* such as \[null, \{method: ada_kv"),
         ({"kv_compression": {"method": "think", "percent": 90}}, "it must be a list"),
