@@ -48,6 +48,9 @@ from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 from sim.types import Floats32
 
+SCALE_REQUESTS = 600
+"""Losses are stated as in a window of this many requests, so each window counts the same in a fit, as it does in
+utility. Counted in requests, a busy window would count as much as a hundred calm ones."""
 LEAST_SPREAD = 0.01
 """An entry that moves less than this in training counts as if it moved this much."""
 
@@ -136,7 +139,9 @@ def _follow(core: ServeCore, policy: Policy, first_s: float, end_s: float) -> No
 
 
 def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> tuple[Floats32, NDArray[np.float64]]:
-    """Return features float32[n, o] and the utility that each plan loses, float64[n, a], in requests.
+    """Return features float32[n, o] and the utility that each plan loses, float64[n, a].
+
+    The unit is a request of a window that has ``SCALE_REQUESTS``: the share of the window's requests, times that.
 
     Args:
         setting: what is served; its split must be "train". config: how to look ahead. seed: of windows and random
@@ -161,7 +166,7 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
                     tried = _tried(rng, legal, core, config.trials)
                     lost = look_ahead(core, config.horizon_s, config.grace_s, tried, then, config.hold_s or 0.0)
                     features.append(observed)
-                    losses.append(lost)
+                    losses.append(lost * SCALE_REQUESTS / max(1, core.requests))
                     action = int(np.nanargmin(lost))
                     if rng.random() < config.stray:
                         action = int(rng.choice(np.flatnonzero(legal)))
@@ -224,7 +229,7 @@ def fit(
     """Fit a network to the losses of plans.
 
     Args:
-        features: float32[n, o]. losses: float64[n, a], in requests; NaN where a plan was not legal.
+        features: float32[n, o]. losses: float64[n, a], as of ``demonstrations``; NaN where a plan was not legal.
         config: epochs, batch and learning rate. cfg: sizes of hidden layers, and the seed.
         env_kwargs: of the validation episodes. heads: as in ``Network``.
     Returns:
@@ -250,7 +255,7 @@ def fit(
         for epoch in range(1, config.epochs + 1):
             error = 0.0
             for rows in np.array_split(rng.permutation(len(features)), max(1, len(features) // config.batch)):
-                # Huber, because losses have long tails: in a burst every plan can lose forty requests.
+                # Huber, because losses have long tails: in a burst every plan can lose a tenth of the window.
                 values, tried = model(inputs[rows]), mask[rows]
                 values = pair_values(values, heads) if heads else values
                 values = values - (values * tried).sum(1, keepdim=True) / tried.sum(1, keepdim=True)

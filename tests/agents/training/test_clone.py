@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from agents.baselines.serve import conf_policy, policy_context
@@ -137,6 +138,19 @@ def test_on_an_idle_server_no_plan_is_better_than_dense() -> None:
     assert lost[0] == pytest.approx(np.nanmin(lost), abs=1e-9)
     assert lost[0] == pytest.approx(0.0, abs=1e-9)
     assert lost[setting.actions.names.index("drop 10, W4 32, queue any, wait 1.5 s")] > 0.0
+
+
+def test_losses_are_shares_of_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+
+    def looked(core: ServeCore, *_: object) -> NDArray[np.float64]:
+        played.append(core.requests)
+        return np.where(core.actions.legal(core.state, core.choice), 3.0, np.nan)
+
+    monkeypatch.setattr("agents.training.clone.look_ahead", looked)
+    _, losses = demonstrations(ServeSetting(), replace(HOW, windows=3), seed=1)
+    assert len(set(played)) > 1  # windows of other sizes
+    assert np.nanmax(losses, axis=1) == pytest.approx([3.0 * 600 / requests for requests in played])
 
 
 def test_equal_seeds_give_equal_demonstrations() -> None:
