@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,11 +182,21 @@ def reference_policy(setting: ServeSetting, window: Window) -> Policy:
     """Return what the load of a window is measured with."""
     context = PolicyContext.of(setting.server)
     if window.low_bits and any(setting.actions.low):
-        policy: Policy = build_option("policy", "int4")(context)
+        policy: Policy = _policy_maker("int4", "{}")(context)
     else:
         order = {"order": setting.action_options["order"], "made_for": None}
-        policy = build_option("policy", "greedy_stop", order)(context)
+        policy = _policy_maker("greedy_stop", json.dumps(order))(context)
     return Limited(policy, None, REFERENCE_WAIT_S)
+
+
+@lru_cache(maxsize=8)
+def _policy_maker(name: str, changed: str) -> Callable[[PolicyContext], Policy]:
+    """Return what makes a policy of conf/policy with changed keys, in JSON.
+
+    Reading its file takes longer than serving a window, and a pool needs it thousands of times.
+    """
+    maker: Callable[[PolicyContext], Policy] = build_option("policy", name, json.loads(changed))
+    return maker
 
 
 def _key(setting: ServeSetting, options: PoolOptions, sources: Sequence[str]) -> str:
