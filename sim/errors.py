@@ -55,12 +55,21 @@ class ConfigError(RapLabError):
     """A configuration value is unknown or out of range."""
 
 
+MOST_NAMES = 100
+"""Names that a message lists; a table of plans can have thousands."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return the allowed names as readable text, after the one closest to ``name``.
+
+    Of more than ``MOST_NAMES`` only the closest are listed.
 
     Example: ``did you mean 'burstgpt'? allowed: azure_code, azure_conv, burstgpt``.
     """
     names = sorted(allowed)
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
+    if len(names) > MOST_NAMES:
+        listed = "; ".join(get_close_matches(name, names, n=8, cutoff=0.0))
+        return f"{hint}{len(names)} names are allowed; the closest are: {listed}"
     return f"{hint}allowed: {', '.join(names)}"

@@ -165,10 +165,15 @@ def least_loss(
     if tpot_s is not None and not is_positive(tpot_s):
         raise ConfigError(f"policy.tpot_s is {tpot_s!r}; it must be above 0 seconds, or null for no bound")
     server = served.server
-    if server is None or server.quality_nll is None:
+    if server is None:
         raise ConfigError(
-            "policy=least_loss weighs plans by seconds and loss, and this command has no model of the server, or no "
-            "quality table; use sim.replay with quality_table=..., or another policy"
+            "policy=least_loss weighs plans by their seconds, and this command has no model of the server; use "
+            "sim.replay, or another policy"
+        )
+    if server.quality_nll is None:
+        raise ConfigError(
+            "policy=least_loss weighs plans by their loss; set quality_table=, such as "
+            "quality_table=llama2_7b_transferred, or use another policy"
         )
     table = actions_from(served.model, actions, served.workspace_bytes)
     losses = np.array([server.quality_nll(plan) for plan in table.plans])

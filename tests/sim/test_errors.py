@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from sim.cost.model_spec import load_model
-from sim.errors import LONGEST_MESSAGE, PlanError, RapLabError, TraceError, one_line
+from sim.errors import LONGEST_MESSAGE, MOST_NAMES, PlanError, RapLabError, TraceError, nearest, one_line
 from sim.policies.fixed import plan_of
 
 
@@ -33,3 +33,14 @@ def test_an_option_with_an_endless_name_is_refused_with_a_short_message() -> Non
     with pytest.raises(PlanError, match="has no option") as refused:
         plan_of(load_model("llama2_7b"), {"x" * 70_000: 1})
     assert len(str(refused.value)) <= LONGEST_MESSAGE
+
+
+def test_of_many_allowed_names_the_closest_are_listed_and_the_others_counted() -> None:
+    few = [f"drop {count}" for count in range(MOST_NAMES)]
+    assert nearest("drp 3", few).startswith("did you mean 'drop 3'? allowed: drop 0, drop 1, drop 10, ")
+    assert nearest("drp 3", few).count(",") == MOST_NAMES - 1
+    many = [f"drop {count}, W4 0" for count in range(500)]
+    message = nearest("drop 42, W4", many)
+    assert message.startswith("did you mean 'drop 42, W4 0'? 500 names are allowed; the closest are: drop 42, W4 0; ")
+    assert message.count(";") == 8
+    assert "the closest are: " in nearest("?", many), "also for a name that resembles none"

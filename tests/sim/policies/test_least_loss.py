@@ -164,6 +164,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_it_needs_a_model_of_the_server_and_a_quality() -> None:
-    for context in (PolicyContext(model=MODEL), PolicyContext.of(replace(SERVER, quality_nll=None))):
-        with pytest.raises(ConfigError, match="policy=least_loss weighs plans by seconds and loss"):
-            least_loss(context, actions=ACTIONS)
+    with pytest.raises(ConfigError, match="weighs plans by their seconds, and this command has no model of the server"):
+        least_loss(PolicyContext(model=MODEL), actions=ACTIONS)
+    with pytest.raises(ConfigError, match="weighs plans by their loss; set quality_table="):
+        least_loss(PolicyContext.of(replace(SERVER, quality_nll=None)), actions=ACTIONS)
