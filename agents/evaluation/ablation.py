@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from agents.envs.prune_vector import PruneToBudgetVector
-from agents.training.validation import Act, play, serve, validation_episodes, validation_windows
+from agents.training.validation import Act, play, pool_windows, serve, validation_episodes, validation_windows
 from sim.pages.render import table
 from sim.policies.learned import Network, read_learned
 from sim.progress import progress
@@ -80,14 +81,20 @@ def shuffled_loads(paths: Sequence[Path], seed: int = 0) -> pd.DataFrame:
 
 
 def shuffled_windows(paths: Sequence[Path], *, windows: int = WINDOWS, seed: int = 0) -> pd.DataFrame:
-    """Return the same for policies of ``ServeTrace``; entries come from another window at the same tick."""
+    """Return the same for policies of ``ServeTrace``; entries come from another window at the same tick.
+
+    A policy that was trained on servers of many speeds and sizes plays on such servers here too: an entry that is the
+    same in all windows, such as the speed of one server, would seem to be of no use.
+    """
     rows: list[dict[str, Any]] = []
     for number, path in enumerate(paths):
         learned = read_learned(path, "ServeTrace")
         env_kwargs = {**learned.about["environment"], "split": "validation"}
+        if pool := env_kwargs.get("pool"):
+            env_kwargs["pool"] = {**pool, "validation": windows}
         # The network does not read the flags of legal actions.
         names = [entry["name"] for entry in learned.about["observation"] if not entry["name"].startswith("legal.")]
-        drawn = validation_windows(windows)
+        drawn = pool_windows(json.dumps(env_kwargs, sort_keys=True)) if pool else validation_windows(windows)
         hidden = _hidden(names, SERVE_GROUPS)
         with progress(f"shuffling, policy {number + 1} of {len(paths)}", len(hidden), "entries") as report:
             for at, (name, columns) in enumerate(hidden.items(), start=1):
@@ -98,17 +105,16 @@ def shuffled_windows(paths: Sequence[Path], *, windows: int = WINDOWS, seed: int
 
 
 def ablation_markdown(ablation: pd.DataFrame, between: str) -> str:
-    """Return what shuffling each kind of entry costs: the mean over trained seeds, and their lowest and highest."""
+    """Return what shuffling each kind of entry costs: mean over policies; of several also the lowest and highest."""
     by_seed = ablation.pivot_table(index="hidden", columns="seed", values="utility")
-    lost = 1 - by_seed / by_seed.loc["nothing"]
+    lost, several = 1 - by_seed / by_seed.loc["nothing"], len(by_seed.columns) > 1
     rows = [
         {
             f"shuffled between {between}": name,
             "utility": by_seed.loc[name].mean(),
             "lost": lost.loc[name].mean(),
-            "lost, lowest seed": lost.loc[name].min(),
-            "lost, highest seed": lost.loc[name].max(),
         }
+        | ({"lost, lowest seed": lost.loc[name].min(), "lost, highest seed": lost.loc[name].max()} if several else {})
         for name in by_seed.mean(axis=1).sort_values().index
     ]
     specs = {"utility": ".4f", "lost": ".1%", "lost, lowest seed": ".1%", "lost, highest seed": ".1%"}

@@ -160,7 +160,7 @@ class CountedActs:
 
 
 @lru_cache(maxsize=1)
-def _pool(env_kwargs: str) -> tuple[Window, ...]:
+def pool_windows(env_kwargs: str) -> tuple[Window, ...]:
     """Return the validation windows of an environment that has a pool; its arguments are in JSON."""
     setting = ServeSetting(**json.loads(env_kwargs))
     assert setting.pool is not None
@@ -176,7 +176,7 @@ def validation_utilities(
     """
     env_kwargs, act = {**env_kwargs, "split": "validation"}, act or network.act
     if env == "ServeTrace-v0" and env_kwargs.get("pool"):
-        return serve(act, env_kwargs, _pool(json.dumps(env_kwargs, sort_keys=True)))
+        return serve(act, env_kwargs, pool_windows(json.dumps(env_kwargs, sort_keys=True)))
     if env == "ServeTrace-v0":
         return serve(act, env_kwargs, validation_windows(sources=own_sources(env_kwargs.get("sources", ()))))
     if env == "ServeCluster-v0":

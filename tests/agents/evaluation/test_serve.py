@@ -15,7 +15,7 @@ from agents.evaluation.ablation import SERVE_GROUPS, ablation_markdown, shuffled
 from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.measure import measure_cluster
 from agents.evaluation.measure_serve import measure_serve
-from agents.training.validation import serve, validation_windows
+from agents.training.validation import pool_windows, serve
 from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED, read_learned
 from sim.results.run_folder import write_parquet
@@ -34,13 +34,18 @@ def test_a_policy_loses_utility_if_the_entry_that_it_needs_most_comes_from_anoth
     table = shuffled_windows([path], windows=8)
     utility = table.set_index("hidden")["utility"]
     env_kwargs = {**about["environment"], "split": "validation"}
+    env_kwargs["pool"] = {**env_kwargs["pool"], "validation": 8}  # servers of many speeds, as in its training
     network = read_learned(path, "ServeTrace").network
-    unchanged = serve(network.act, env_kwargs, validation_windows(8)).mean()
+    drawn = pool_windows(json.dumps(env_kwargs, sort_keys=True))
+    assert len({window.slowdown for window in drawn}) == 8
+    unchanged = serve(network.act, env_kwargs, drawn).mean()
     assert utility["nothing"] == pytest.approx(unchanged, abs=1e-12)
     assert utility.min() < utility["nothing"] - 0.005
     assert set(utility.index) == {"nothing", *SERVE_GROUPS} | {n for n in names if not n.startswith("legal.")}
     shown = ablation_markdown(table, "windows")
-    assert ["nothing", f"{unchanged:.4f}", "0.0 %", "0.0 %", "0.0 %"] in cells(shown)
+    assert ["nothing", f"{unchanged:.4f}", "0.0 %"] in cells(shown)
+    two = pd.concat([table, table.assign(seed=1)])
+    assert ["nothing", f"{unchanged:.4f}", "0.0 %", "0.0 %", "0.0 %"] in cells(ablation_markdown(two, "windows"))
 
 
 @pytest.mark.parametrize(
