@@ -193,7 +193,7 @@ def reference_policy(setting: ServeSetting, window: Window) -> Policy:
 def _policy_maker(name: str, changed: str) -> Callable[[PolicyContext], Policy]:
     """Return what makes a policy of conf/policy with changed keys, in JSON.
 
-    Reading its file takes longer than serving a window, and a pool needs it thousands of times.
+    Reading its file takes as long as serving a window, and a pool needs it thousands of times.
     """
     maker: Callable[[PolicyContext], Policy] = build_option("policy", name, json.loads(changed))
     return maker

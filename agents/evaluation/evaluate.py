@@ -15,6 +15,7 @@ from rich.console import Console
 
 from agents.evaluation.ablation import shuffled_windows
 from agents.evaluation.chosen import allow_new_names, check_rules, glob_files, present, replaced
+from agents.evaluation.claim import policy_hashes
 from agents.evaluation.cluster_report import cluster_table_markdown
 from agents.evaluation.measure import measure_cluster, measure_prune
 from agents.evaluation.measure_roles import measure_roles
@@ -27,13 +28,15 @@ from agents.evaluation.serve import ORACLES
 from agents.evaluation.serve_report import serve_table_markdown
 from sim.config import CONF_DIR, one_thread, run_command
 from sim.errors import ConfigError, nearest
-from sim.results.run_folder import write_parquet
+from sim.results.run_folder import provenance, write_json, write_parquet
 
 
 def _measure_ablation(cfg: DictConfig, folder: Path) -> None:
-    """Shuffle entries of the policies of ``serve_ablation``; write serve_ablation.parquet."""
+    """Shuffle entries of the policies of ``serve_ablation``; write serve_ablation.parquet and serve_ablation.json."""
     if cfg.serve_ablation:
-        write_parquet(folder / "serve_ablation.parquet", shuffled_windows(glob_files(cfg.serve_ablation)))
+        files = glob_files(cfg.serve_ablation)
+        write_parquet(folder / "serve_ablation.parquet", shuffled_windows(files))
+        write_json(folder / "serve_ablation.json", provenance(0) | policy_hashes({"policies": files}))
 
 
 TASKS: dict[str, Callable[[DictConfig, Path], None]] = {

@@ -294,6 +294,7 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         return None
     made: dict[str, Any] = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
     curves, ablation = (read_if_there(folder / f"serve_{name}.parquet") for name in ("training", "ablation"))
+    stated = folder / "serve_ablation.json"
     found = serve_verdict(frame, made["compared"])
     ours = found.get("best")
     shown = shown_policies(frame, ours)
@@ -342,4 +343,5 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         "ablation": "" if ablation is None else ablation_markdown(ablation, "windows"),
         "ablation_seeds": 0 if ablation is None else ablation["seed"].nunique(),
         "ablation_windows": WINDOWS,
+        "ablation_made": commit_of(json.loads(stated.read_text(encoding="utf-8"))) if stated.is_file() else "",
     }

@@ -172,8 +172,8 @@ def least_loss(
         )
     if server.quality_nll is None:
         raise ConfigError(
-            "policy=least_loss weighs plans by their loss; set quality_table=, such as "
-            "quality_table=llama2_7b_transferred, or use another policy"
+            "policy=least_loss weighs plans by their loss, and this command knows no quality; set quality_table=, or "
+            "use another policy"
         )
     table = actions_from(served.model, actions, served.workspace_bytes)
     losses = np.array([server.quality_nll(plan) for plan in table.plans])

@@ -166,5 +166,5 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_it_needs_a_model_of_the_server_and_a_quality() -> None:
     with pytest.raises(ConfigError, match="weighs plans by their seconds, and this command has no model of the server"):
         least_loss(PolicyContext(model=MODEL), actions=ACTIONS)
-    with pytest.raises(ConfigError, match="weighs plans by their loss; set quality_table="):
+    with pytest.raises(ConfigError, match="weighs plans by their loss, and this command knows no quality; set"):
         least_loss(PolicyContext.of(replace(SERVER, quality_nll=None)), actions=ACTIONS)
