@@ -2,8 +2,9 @@
 
     python -m hw.loop
 
-Reference runs measure the machine's speed first. Every window is then simulated under every policy at that speed, and
-the predictions are written to a file whose SHA-256 goes into the results. Only then the judged runs start.
+A round: reference runs measure the machine's speed, every window is simulated under every policy at that speed, and the
+predictions are written to a file whose SHA-256 goes into the results. Only then the judged runs of the round start. The
+speed of a shared machine moves from one hour to the next, so several short rounds are predicted better than a long one.
 
 Modules:
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,20 @@ def run_folder(folder: Path, window: str, policy: str, repeat: int) -> Path:
 
 
 def missing_runs(cfg: DictConfig, folder: Path) -> list[tuple[str, str, int]]:
-    """Return the judged runs that are not there: one repeat after the other, each in its own random order."""
+    """Return the judged runs that a round lacks: one repeat after the other, each in its own random order."""
     todo: list[tuple[str, str, int]] = []
     for repeat in range(cfg.repeats):
         jobs = [(window, policy, repeat) for window, policy in cells(cfg)]
-        random.Random(f"{cfg.seed} {repeat}").shuffle(jobs)  # so that a busy spell of the machine hits all policies
+        # In random order, so that a busy spell of the machine hits all policies.
+        random.Random(f"{cfg.seed} {folder.name} {repeat}").shuffle(jobs)
         todo += [job for job in jobs if not (run_folder(folder, *job) / "summary.json").is_file()]
     return todo
+
+
+def complete_repeats(cfg: DictConfig, folder: Path) -> list[int]:
+    """Return the repeats of a round in which every window was served under every policy."""
+    missing = {repeat for _, _, repeat in missing_runs(cfg, folder)}
+    return [repeat for repeat in range(cfg.repeats) if repeat not in missing]
 
 
 def run_missing(cfg: DictConfig, folder: Path, slowdown: float, real: RealServer, say: Callable[[str], None]) -> None:
@@ -108,18 +115,19 @@ def run_missing(cfg: DictConfig, folder: Path, slowdown: float, real: RealServer
             one = run_config(cfg, window, policy, slowdown)
             at = run_folder(folder, window, policy, repeat)
             real.serve(at, one)
-            say(f"{number} of {len(todo)}: {window}, {policy}, repeat {repeat}: {outcome(at, one)['utility']:.4f}")
+            done = f"{folder.name}, {number} of {len(todo)}: {window}, {policy}, repeat {repeat}"
+            say(f"{done}: {outcome(at, one)['utility']:.4f}")
             report(number, f"{window}, {policy}")
 
 
-def real_outcomes(cfg: DictConfig, folder: Path, slowdown: float) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    """Return window -> policy -> repeat -> figures of the judged runs that exist."""
-    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+def real_outcomes(
+    cfg: DictConfig, folder: Path, slowdown: float, repeats: Sequence[int]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return window -> policy -> figures of the judged runs of a round, one for each of these repeats."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for window, policy in cells(cfg):
         one = run_config(cfg, window, policy, slowdown)
-        by_repeat = found.setdefault(window, {}).setdefault(policy, {})
-        for repeat in range(cfg.repeats):
-            at = run_folder(folder, window, policy, repeat)
-            if (at / "summary.json").is_file():
-                by_repeat[repeat] = outcome(at, one)
+        found.setdefault(window, {})[policy] = [
+            outcome(run_folder(folder, window, policy, repeat), one) for repeat in repeats
+        ]
     return found

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from hw.loop.predictions import predicted_utility
-from hw.validate.machine_speed import said_factors
-from sim.pages.render import render, table
+from sim.pages.render import render, show, table
 from sim.results.plots import COLORS, figure_file
 
 TEMPLATE = Path(__file__).parent / "templates" / "loop.md.j2"
@@ -18,60 +18,60 @@ TEMPLATE = Path(__file__).parent / "templates" / "loop.md.j2"
 
 def page(content: Mapping[str, Any]) -> str:
     """Return the page, in Markdown."""
-    verdict = content["verdict"]
+    verdict, rounds = content["verdict"], content["rounds"]
     return render(
         TEMPLATE,
         content=content,
         made=content["provenance"],
         verdict=verdict,
-        speed=_speed(content["speed"]),
+        rounds=_rounds_table(rounds),
+        measured=[one["speed"] for one in rounds if one["speed"]["before_each"]],
         policies=_policies_table(content),
         cells=_cells_table(content),
         hindsight=_hindsight(content),
         pairs=_pairs_table(verdict),
         missed=[row for row in verdict["level"]["cells"] if not row["holds"]],
         ranged=[row["in_range"] for row in verdict["level"]["cells"] if "in_range" in row],
-        run_speeds=content["predictions"].get("run_speeds", []),
-        requests=[int(one["requests"]) for one in content["predictions"]["windows"].values()],
+        run_speeds=[speed for one in rounds for speed in one["predictions"]["run_speeds"]],
+        requests=[int(one["requests"]) for one in rounds[0]["predictions"]["windows"].values()],
     )
 
 
-def _speed(speed: Mapping[str, Any]) -> str:
-    """Return how fast the machine was before and during the judged runs, relative to the calibration."""
-
-    def ranges(each: Mapping[str, list[float]]) -> str:
-        return ", ".join(f"{bits} bits {min(found):.2f} to {max(found):.2f}" for bits, found in each.items())
-
-    if not speed["before_each"]:
-        return (
-            "No reference run measured the speed; the simulation is frozen at a stated factor of "
-            f"{speed['before']:.3f}, and requests arrive slower by it."
-        )
-    said = (
-        f"Reference runs of the dense model before the predictions took {speed['before']:.3f} times their calibrated "
-        f"seconds.{said_factors(speed['factors'])} The simulation is frozen at that speed, and requests "
-        f"arrive slower by the first factor. Single runs: {ranges(speed['before_each'])}."
-    )
-    if speed["during"]:
-        said += (
-            f" Reference runs between the judged runs, which change nothing: {speed['during']:.3f}."
-            f"{said_factors(speed['factors_during'])} Single runs: {ranges(speed['during_each'])}."
-        )
-    return said
+def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Return when each round was predicted, and how fast the machine was before and during its judged runs."""
+    rows = []
+    for number, one in enumerate(rounds, start=1):
+        speed, predictions = one["speed"], one["predictions"]
+        row = {
+            "round": str(number),
+            "predictions written": predictions["provenance"]["written_at"][:19],
+            "their SHA-256": f"`{predictions['sha256'][:16]}`",
+        }
+        for when, each, pairs in (("before", "before_each", "factors"), ("during", "during_each", "factors_during")):
+            row |= {f"slowdown {when}": show(speed[when], ".3f")}
+            for bits, found in speed[each].items():
+                pair = speed[pairs].get(bits) or speed[pairs]["all"]
+                row |= {
+                    f"{bits} bits, runs {when}": f"{min(found):.2f} to {max(found):.2f}",
+                    f"{bits} bits, factors {when}": f"{pair['memory_bound']:.2f}, {pair['compute_bound']:.2f}",
+                }
+        rows.append(row)
+    return table(pd.DataFrame(rows).set_index("round").T.rename_axis("round").reset_index())
 
 
 def _policies_table(content: Mapping[str, Any]) -> str:
     """Return the means of each policy over windows, simulated and real."""
-    predictions, real = content["predictions"], content["real"]
-    simulated = predictions["outcomes"]
-    rows = []
+    real, rows = content["real"], []
+    predicted = [one["predictions"] for one in content["rounds"] for _ in range(one["repeats"])]
     for policy in next(iter(real.values())):
-        ours = [by[policy] for by in simulated.values()]
+        ours = [by[policy] for one in predicted for by in one["outcomes"].values()]
         theirs = [one for by in real.values() for one in by[policy]]
         rows.append(
             {
                 "policy": policy,
-                "utility, simulated": float(np.mean([predicted_utility(predictions, w, policy) for w in simulated])),
+                "utility, simulated": float(
+                    np.mean([predicted_utility(one, w, policy) for one in predicted for w in real])
+                ),
                 "utility, real": float(np.mean([one["utility"] for one in theirs])),
                 "SLO, simulated": float(np.mean([one["slo_attainment"] for one in ours])),
                 "SLO, real": float(np.mean([one["slo_attainment"] for one in theirs])),
@@ -92,11 +92,11 @@ def _hindsight(content: Mapping[str, Any]) -> dict[str, Any] | None:
     def off(cells: Sequence[Mapping[str, Any]]) -> float:
         return float(np.sqrt(np.mean([row["error"] ** 2 for row in cells])))
 
-    speed, points = content["speed"], content["verdict"]["level"]["points"]
+    speeds, points = [one["speed"] for one in content["rounds"]], content["verdict"]["level"]["points"]
     return {
         "slower": {
-            bits: float(np.mean(speed["during_each"][bits]) / np.mean(each))
-            for bits, each in speed["before_each"].items()
+            bits: [float(np.mean(one["during_each"][bits]) / np.mean(one["before_each"][bits])) for one in speeds]
+            for bits in speeds[0]["before_each"]
         },
         "hold": sum(row["holds"] for row in found["cells"]),
         "within": sum(abs(row["error"]) <= points for row in found["cells"]),

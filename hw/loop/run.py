@@ -1,10 +1,11 @@
-"""``python -m hw.loop``: predictions first, then the judged runs, then the verdict."""
+"""``python -m hw.loop``: in each round predictions first, then the judged runs; at the end the verdict."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from hw.engine.hw_engine import check_gpu
-from hw.loop.judged_runs import DURING, RealServer, measured_speed, real_outcomes, run_missing
+from hw.loop.judged_runs import (
+    DURING,
+    RealServer,
+    complete_repeats,
+    measured_speed,
+    missing_runs,
+    real_outcomes,
+    run_folder,
+    run_missing,
+)
 from hw.loop.page import page, plot
+from hw.loop.predictions import FILE as PREDICTIONS
 from hw.loop.predictions import (
     check_same_settings,
     check_unchanged,
@@ -36,6 +47,7 @@ from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.paths import RESULTS
 from sim.results.run_folder import provenance, write_json, write_text
+from sim.types import Floats
 
 DEFAULT_OUT = RESULTS / "loop"
 RESULT, PAGE, PLOT = "loop.json", "index.md", "loop.png"
@@ -47,6 +59,20 @@ def main() -> None:
     run_command(_loop, "hw_loop")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """The machine's speed, the predictions at it, and the real runs after them.
+
+    folder: of its runs. predictions: content of its file. repeats: those that are complete.
+    real: window -> policy -> figures of each of these repeats.
+    """
+
+    folder: Path
+    predictions: dict[str, Any]
+    repeats: list[int]
+    real: dict[str, dict[str, list[dict[str, Any]]]]
+
+
 def _loop(cfg: DictConfig) -> int:
     check_settings(cfg)
     check_gpu(build(cfg.gpu))
@@ -55,100 +81,134 @@ def _loop(cfg: DictConfig) -> int:
     if cfg.page == "only":
         content = read_json_object(out / RESULT, ConfigError, "run python -m hw.loop")
         return _written(content, out, console)
-    folder = Path(cfg.runs)
-    real = RealServer(cfg)
-    predictions = _predictions(cfg, folder, real)
-    _show_predictions(predictions, console)
+    real, rounds = RealServer(cfg), []
+    for number in range(1, cfg.rounds + 1):
+        folder = Path(cfg.runs) / f"round{number}"
+        if cfg.page == "judge" and not (folder / PREDICTIONS).is_file():
+            continue
+        predictions = _predictions(cfg, folder, real)
+        if missing_runs(cfg, folder):
+            _show_predictions(predictions, number, console)
+            if cfg.page == "predict":
+                return 0
+        if cfg.page == "also":
+            note_judged(folder, predictions)
+            machine = machine_of(predictions, folder)
+            priced = priced_for(cfg, folder, machine)
+            run_missing(priced, folder, machine.slowdown, real, lambda line: console.print(line, highlight=False))
+        repeats = complete_repeats(cfg, folder)
+        outcomes = real_outcomes(cfg, folder, float(predictions["slowdown"]), repeats)
+        rounds.append(Round(folder=folder, predictions=predictions, repeats=repeats, real=outcomes))
     if cfg.page == "predict":
-        return 0
-    if cfg.page == "also":
-        note_judged(folder, predictions)
-        machine = machine_of(predictions, folder)
-        priced = priced_for(cfg, folder, machine)
-        run_missing(priced, folder, machine.slowdown, real, lambda line: console.print(line, highlight=False))
-    content = judged(cfg, folder, predictions)
+        raise ConfigError(f"{cfg.runs} has all runs of {cfg.rounds} rounds; raise rounds, or judge them: page=judge")
+    content = judged(cfg, [one for one in rounds if one.repeats])
     write_json(out / RESULT, content)
     return _written(content, out, console)
 
 
 def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, Any]:
-    """Return the predictions of the folder, after making them if there are none.
+    """Return the predictions of a round, after making them if there are none.
 
     Raises:
         ConfigError: if they were made with other settings, if they were changed after the first judged run, or if there
-            are none and nothing may run.
+            are none and judged runs exist.
     """
     found = read_predictions(folder)
     if found is not None:
         check_unchanged(found, folder)
         check_same_settings(found, cfg, folder)
         return found
-    if cfg.page == "judge":
-        raise ConfigError(f"{folder} has no predictions; run without page=judge")
     if (folder / "real").exists():
         raise ConfigError(f"{folder} has judged runs but no predictions that came before them; take another folder")
     check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
     return predict(cfg, folder, measured_speed(cfg, folder, real) if cfg.measure else None)
 
 
-def judged(cfg: DictConfig, folder: Path, predictions: Mapping[str, Any]) -> dict[str, Any]:
+def judged(cfg: DictConfig, rounds: Sequence[Round]) -> dict[str, Any]:
     """Return the content of the results file.
 
     Raises:
-        ConfigError: if a cell has no judged run.
+        ConfigError: if no round has a repeat in which every window was served under every policy.
     """
-    outcomes = real_outcomes(cfg, folder, float(predictions["slowdown"]))
-    complete = [
-        repeat
-        for repeat in range(cfg.repeats)
-        if all(repeat in by_repeat for by_policy in outcomes.values() for by_repeat in by_policy.values())
-    ]
-    if not complete:
-        raise ConfigError(f"{folder} has no repeat in which every window and policy was served; run without page=judge")
-    windows, policies = list(outcomes), list(next(iter(outcomes.values())))
-    simulated = {p: np.array([predicted_utility(predictions, w, p) for w in windows]) for p in policies}
-    real = {p: np.array([[outcomes[w][p][r]["utility"] for r in complete] for w in windows]) for p in policies}
+    if not rounds:
+        raise ConfigError(
+            f"{cfg.runs} has no round with a repeat in which every window and policy was served; run without page=judge"
+        )
+    first, every = rounds[0], [one for each in rounds for one in [each.predictions] * len(each.repeats)]
+    windows, policies = list(first.real), list(next(iter(first.real.values())))
+    real = {w: {p: [one for each in rounds for one in each.real[w][p]] for p in policies} for w in windows}
+    simulated = {
+        p: np.array([np.mean([predicted_utility(one, w, p) for one in every]) for w in windows]) for p in policies
+    }
+    reached = {p: np.array([[one["utility"] for one in real[w][p]] for w in windows]) for p in policies}
     changes = {
-        p: float(np.mean([outcomes[w][p][r]["changes_per_minute"] for w in windows for r in complete]))
+        p: float(np.mean([one["changes_per_minute"] for w in windows for one in real[w][p]]))
         for p in policies
         if p not in cfg.fixed
     }
-    at_speeds = predictions.get("utility_at_run_speeds") or {}
     verdict = judge(
         simulated,
-        real,
+        reached,
         windows,
         points=float(cfg.points),
         learner=cfg.learner,
         changes=changes,
         least_changes=float(cfg.least_changes),
-        ranges={p: [at_speeds[w][p] for w in windows] for p in policies} if at_speeds else None,
+        ranges={p: [_at_speeds(rounds, w, p) for w in windows] for p in policies}
+        if all(each.predictions["utility_at_run_speeds"] for each in rounds)
+        else None,
     )
-    during = MachineSpeed(folder / DURING)
-    machine = factors_of(cfg, during)
-    hindsight = in_hindsight(cfg, predictions, during)
-    if hindsight is not None:
-        known = {p: np.array([hindsight["utility"][w][p] for w in windows]) for p in policies}
-        hindsight = {"speeds": hindsight["speeds"], "cells": levels(known, real, windows, float(cfg.points))}
-    kept = {key: value for key, value in predictions.items() if key != "description"}
+    known = [in_hindsight(cfg, each.predictions, MachineSpeed(each.folder / DURING)) for each in rounds]
     return {
         "provenance": provenance(cfg.seed),
-        "predictions": kept | {"references": [without_passes(one) for one in predictions["references"]]},
-        "settings": predictions["description"],
-        "repeats": len(complete),
+        "rounds": [_round_content(cfg, each) for each in rounds],
+        "settings": first.predictions["description"],
+        "repeats": len(every),
         "note": str(cfg.note),
+        "real": real,
+        "device": _device(first.folder, windows[0], policies[0], first.repeats[0]),
+        "verdict": verdict,
+        "hindsight": _hindsight_cells(rounds, known, reached, windows, float(cfg.points)),
+    }
+
+
+def _at_speeds(rounds: Sequence[Round], window: str, policy: str) -> list[float]:
+    """Return the utilities predicted at the speeds of single reference runs, of all rounds."""
+    return [utility for one in rounds for utility in one.predictions["utility_at_run_speeds"][window][policy]]
+
+
+def _hindsight_cells(
+    rounds: Sequence[Round],
+    known: Sequence[Mapping[str, Any] | None],
+    reached: Mapping[str, Floats],
+    windows: Sequence[str],
+    points: float,
+) -> dict[str, Any] | None:
+    """Return the cells of the level as simulation in hindsight gives them; None if some round has no hindsight."""
+    if any(one is None for one in known):
+        return None
+    every = [one["utility"] for one, each in zip(known, rounds, strict=True) if one for _ in each.repeats]
+    simulated = {p: np.array([np.mean([one[w][p] for one in every]) for w in windows]) for p in reached}
+    return {"speeds": [one["speeds"] for one in known if one], "cells": levels(simulated, reached, windows, points)}
+
+
+def _round_content(cfg: DictConfig, one: Round) -> dict[str, Any]:
+    """Return what the results file has of a round."""
+    kept = {key: value for key, value in one.predictions.items() if key != "description"}
+    references = [without_passes(reference) for reference in one.predictions["references"]]
+    during = MachineSpeed(one.folder / DURING)
+    machine = factors_of(cfg, during)
+    return {
+        "predictions": kept | {"references": references},
+        "repeats": len(one.repeats),
         "speed": {
-            "before": predictions["slowdown"],
-            "before_each": _by_precision(predictions["references"]),
-            "factors": predictions["factors"],
+            "before": one.predictions["slowdown"],
+            "before_each": _by_precision(one.predictions["references"]),
+            "factors": one.predictions["factors"],
             "during": machine.slowdown if during.references else None,
             "during_each": _by_precision(during.references),
             "factors_during": machine.pairs(),
         },
-        "real": {w: {p: [outcomes[w][p][r] for r in complete] for p in policies} for w in windows},
-        "device": _device(folder, windows[0], policies[0]),
-        "verdict": verdict,
-        "hindsight": hindsight,
     }
 
 
@@ -156,8 +216,8 @@ def _by_precision(references: Sequence[Mapping[str, Any]]) -> dict[str, list[flo
     return {str(bits): each for bits, each in factors_by_precision(references).items()}
 
 
-def _device(folder: Path, window: str, policy: str) -> dict[str, Any]:
-    path = folder / "real" / window / policy / "hw0" / "hardware.json"
+def _device(folder: Path, window: str, policy: str, repeat: int) -> dict[str, Any]:
+    path = run_folder(folder, window, policy, repeat) / "hardware.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     return {key: content[key] for key in ("device", "processor", "torch", "transformers", "clock", "attention")} | {
         "weights_note": content["weights_note"]
@@ -187,11 +247,12 @@ def _written(content: Mapping[str, Any], out: Path, console: Console) -> int:
     return 0 if verdict["holds"] else 1
 
 
-def _show_predictions(predictions: Mapping[str, Any], console: Console) -> None:
-    """Print the predicted utilities, with plan changes a minute."""
+def _show_predictions(predictions: Mapping[str, Any], number: int, console: Console) -> None:
+    """Print the predicted utilities of a round, with plan changes a minute."""
     outcomes = predictions["outcomes"]
     policies = list(next(iter(outcomes.values())))
-    shown = Table(title=f"predicted utility (plan changes a minute), slowdown {predictions['slowdown']:.3f}")
+    slowdown = float(predictions["slowdown"])
+    shown = Table(title=f"round {number}: predicted utility (plan changes a minute), slowdown {slowdown:.3f}")
     shown.add_column("window")
     for policy in policies:
         shown.add_column(policy, justify="right")

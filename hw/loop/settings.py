@@ -29,7 +29,8 @@ class LoopConfig(HwReplayConfig):
     policies: label -> the differences of a policy.
     learner: label of the policy that must not be below the best rule; null for none.
     fixed: labels of policies that never change the plan; the other ones must.
-    repeats: real runs of each window and policy.
+    rounds: how often the machine's speed is measured, every window predicted, and then served.
+    repeats: real runs of each window and policy in a round.
     measure: whether reference runs measure the speed of the machine; false takes ``slowdown``. There are ``references``
         of them at each precision that the calibration has, because the machine may be slower at one than at another.
     ranges: whether each window is also simulated with a machine as fast as in each single reference run; the predicted
@@ -39,15 +40,16 @@ class LoopConfig(HwReplayConfig):
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.
     note: what else a reader of the page has to know about the runs, such as what the machine did meanwhile.
-    page: also (run what is missing, judge, write the page), predict (only write and show the predictions), judge (run
-        nothing), or only (write the page again from the results).
+    page: also (run what is missing, judge, write the page), predict (only write and show the predictions of the first
+        round that is not served), judge (run nothing), or only (write the page again from the results).
     """
 
     windows: dict[str, Any] = field(default_factory=dict)
     policies: dict[str, Any] = field(default_factory=dict)
     learner: str | None = None
     fixed: list[str] = field(default_factory=list)
-    repeats: int = 3
+    rounds: int = 3
+    repeats: int = 1
     measure: bool = True
     references: int = 4
     ranges: bool = True
@@ -66,6 +68,7 @@ OWN_KEYS = (
     "policies",
     "learner",
     "fixed",
+    "rounds",
     "repeats",
     "measure",
     "references",
@@ -80,7 +83,7 @@ OWN_KEYS = (
 )
 """Keys of the loop itself, which the configuration of a run lacks."""
 NO_PREDICTION = (
-    *("repeats", "references", "ranges", "runs", "out", "note", "page", "slowdown", "measure", "points"),
+    *("rounds", "repeats", "references", "ranges", "runs", "out", "note", "page", "slowdown", "measure", "points"),
     *("plot", "label", "tags"),
 )
 """Keys on which predictions do not depend; the slowdown stands in them."""
@@ -99,7 +102,7 @@ def check_settings(cfg: DictConfig) -> None:
             f"there are {len(cfg.windows)} windows and {len(cfg.policies)} policies; name at least one window and two "
             "policies, or take an experiment that does: experiment=loop_smollm2"
         )
-    for key, least in (("repeats", 1), ("references", 1), ("least_requests", 1)):
+    for key, least in (("rounds", 1), ("repeats", 1), ("references", 1), ("least_requests", 1)):
         if cfg[key] < least:
             raise ConfigError(f"{key} is {cfg[key]}; it must be at least {least}")
     if not 0 <= cfg.points <= 1 or not cfg.least_changes >= 0:
