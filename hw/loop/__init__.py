@@ -2,9 +2,10 @@
 
     python -m hw.loop
 
-A round: reference runs measure the machine's speed, every window is simulated under every policy at that speed, and the
-predictions are written to a file whose SHA-256 goes into the results. Only then the judged runs of the round start. The
-speed of a shared machine moves from one hour to the next, so several short rounds are predicted better than a long one.
+In each round, one window after the other is predicted and served: reference runs measure the machine's speed, the
+window is simulated under every policy at that speed, and the predictions are written to a file whose SHA-256 goes into
+the results. Only then the judged runs of the window start. The speed of a shared machine moves within minutes, so a
+window is served right after it was predicted.
 
 Modules:
 

@@ -16,14 +16,16 @@ from hw.elastic.model import ElasticModel
 from hw.loop.predictions import outcome
 from hw.loop.settings import cells, run_config
 from hw.replay.run import engine_over, interrupt_between_iterations, load_elastic
-from hw.validate.machine_speed import RUNS_BETWEEN, SERVED_S, MachineSpeed
+from hw.validate.machine_speed import SERVED_S, MachineSpeed
 from sim.config import build
 from sim.cost.latency import LatencyModel
+from sim.errors import ConfigError
+from sim.json_file import read_json_object
 from sim.progress import progress
 from sim.replay.run import server_spec
 
-BEFORE, DURING = "before", "during"
-"""Folders of the reference runs before the predictions, which set their speed, and of those between judged runs."""
+BEFORE = "before"
+"""Folder of the reference runs before the predictions, which set their speed."""
 
 
 class RealServer:
@@ -44,7 +46,14 @@ class RealServer:
     def measure(self, speed: MachineSpeed) -> None:
         """Serve one reference run, at the precision whose turn it is."""
         elastic, _ = self.loaded
-        speed.measure(elastic, self._cfg.hw.clock, self._prices(), self._load(elastic), precisions_of(self._cfg))
+        speed.measure(
+            elastic,
+            self._cfg.hw.clock,
+            self._prices(),
+            self._load(elastic),
+            precisions_of(self._cfg),
+            float(self._cfg.reference_s),
+        )
 
     def serve(self, folder: Path, cfg: DictConfig) -> None:
         """Serve one judged run."""
@@ -93,7 +102,7 @@ def missing_runs(cfg: DictConfig, folder: Path) -> list[tuple[str, str, int]]:
     for repeat in range(cfg.repeats):
         jobs = [(window, policy, repeat) for window, policy in cells(cfg)]
         # In random order, so that a busy spell of the machine hits all policies.
-        random.Random(f"{cfg.seed} {folder.name} {repeat}").shuffle(jobs)
+        random.Random(f"{cfg.seed} {folder.parent.name} {folder.name} {repeat}").shuffle(jobs)
         todo += [job for job in jobs if not (run_folder(folder, *job) / "summary.json").is_file()]
     return todo
 
@@ -107,27 +116,33 @@ def complete_repeats(cfg: DictConfig, folder: Path) -> list[int]:
 def run_missing(cfg: DictConfig, folder: Path, slowdown: float, real: RealServer, say: Callable[[str], None]) -> None:
     """Serve the judged runs that are missing; keep those that exist."""
     todo = missing_runs(cfg, folder)
-    speed = MachineSpeed(folder / DURING)
     with progress("serving", len(todo), "runs") as report:
         for number, (window, policy, repeat) in enumerate(todo, start=1):
-            if number % RUNS_BETWEEN == 1:
-                real.measure(speed)
             one = run_config(cfg, window, policy, slowdown)
             at = run_folder(folder, window, policy, repeat)
             real.serve(at, one)
-            done = f"{folder.name}, {number} of {len(todo)}: {window}, {policy}, repeat {repeat}"
-            say(f"{done}: {outcome(at, one)['utility']:.4f}")
+            say(f"{window}, {policy}: {outcome(at, one)['utility']:.4f}")
             report(number, f"{window}, {policy}")
 
 
 def real_outcomes(
     cfg: DictConfig, folder: Path, slowdown: float, repeats: Sequence[int]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Return window -> policy -> figures of the judged runs of a round, one for each of these repeats."""
+    """Return window -> policy -> figures of the judged runs of a round, one for each of these repeats.
+
+    ``slower`` is how much longer the passes of a run took than the predictions of its round say.
+    """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for window, policy in cells(cfg):
         one = run_config(cfg, window, policy, slowdown)
-        found.setdefault(window, {})[policy] = [
-            outcome(run_folder(folder, window, policy, repeat), one) for repeat in repeats
-        ]
+        runs = [run_folder(folder, window, policy, repeat) for repeat in repeats]
+        found.setdefault(window, {})[policy] = [outcome(at, one) | {"slower": _slower(at, slowdown)} for at in runs]
     return found
+
+
+def _slower(run: Path, slowdown: float) -> float:
+    path = run / "hardware.json"
+    content = read_json_object(path, ConfigError, "serve again in another folder, runs=FOLDER")
+    if "busy_s" not in content:
+        raise ConfigError(f"{path} is of an earlier version; serve again in another folder, runs=FOLDER")
+    return float(content["busy_s"]) / (float(content["priced_s"]) * slowdown)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from hw.loop.predictions import predicted_utility
-from sim.pages.render import render, show, table
+from sim.pages.render import render, table
 from sim.results.plots import COLORS, figure_file
 
 TEMPLATE = Path(__file__).parent / "templates" / "loop.md.j2"
@@ -24,8 +23,8 @@ def page(content: Mapping[str, Any]) -> str:
         content=content,
         made=content["provenance"],
         verdict=verdict,
-        rounds=_rounds_table(rounds),
-        measured=[one["speed"] for one in rounds if one["speed"]["before_each"]],
+        rounds=_rounds_table(content),
+        measured=any(one["measured"] for one in rounds),
         policies=_policies_table(content),
         cells=_cells_table(content),
         hindsight=_hindsight(content),
@@ -33,45 +32,43 @@ def page(content: Mapping[str, Any]) -> str:
         missed=[row for row in verdict["level"]["cells"] if not row["holds"]],
         ranged=[row["in_range"] for row in verdict["level"]["cells"] if "in_range" in row],
         run_speeds=[speed for one in rounds for speed in one["predictions"]["run_speeds"]],
-        requests=[int(one["requests"]) for one in rounds[0]["predictions"]["windows"].values()],
+        slower=[run["slower"] for by in content["real"].values() for runs in by.values() for run in runs],
+        requests=[int(n["requests"]) for one in rounds for n in one["predictions"]["windows"].values()],
+        number_of_rounds=max(one["round"] for one in rounds),
     )
 
 
-def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
-    """Return when each round was predicted, and how fast the machine was before and during its judged runs."""
-    rows = []
-    for number, one in enumerate(rounds, start=1):
-        speed, predictions = one["speed"], one["predictions"]
-        row = {
-            "round": str(number),
-            "predictions written": predictions["provenance"]["written_at"][:19],
-            "their SHA-256": f"`{predictions['sha256'][:16]}`",
-        }
-        for when, each, pairs in (("before", "before_each", "factors"), ("during", "during_each", "factors_during")):
-            row |= {f"slowdown {when}": show(speed[when], ".3f")}
-            for bits, found in speed[each].items():
-                pair = speed[pairs].get(bits) or speed[pairs]["all"]
-                row |= {
-                    f"{bits} bits, runs {when}": f"{min(found):.2f} to {max(found):.2f}",
-                    f"{bits} bits, factors {when}": f"{pair['memory_bound']:.2f}, {pair['compute_bound']:.2f}",
-                }
-        rows.append(row)
-    return table(pd.DataFrame(rows).set_index("round").T.rename_axis("round").reset_index())
+def _rounds_table(content: Mapping[str, Any]) -> str:
+    """Return when each window was predicted in each round, and how fast the machine was before and during its runs."""
+    rows, repeats = [], content["repeats"] // max(one["round"] for one in content["rounds"])
+    for one in content["rounds"]:
+        predictions, first = one["predictions"], (one["round"] - 1) * repeats
+        runs = [run for each in content["real"][one["window"]].values() for run in each[first : first + repeats]]
+        rows.append(
+            {
+                "round": str(one["round"]),
+                "window": one["window"],
+                "predictions written": predictions["provenance"]["written_at"][:19],
+                "SHA-256": f"`{predictions['sha256'][:12]}`",
+                "slowdown": predictions["slowdown"],
+                **{f"{bits} bits": float(np.mean(found)) for bits, found in one["measured"].items()},
+                "runs after it": ", ".join(f"{run['slower']:.2f}" for run in runs),
+            }
+        )
+    return table(rows, {"slowdown": ".2f", "16 bits": ".2f", "8 bits": ".2f", "4 bits": ".2f"}, left=4)
 
 
 def _policies_table(content: Mapping[str, Any]) -> str:
     """Return the means of each policy over windows, simulated and real."""
     real, rows = content["real"], []
-    predicted = [one["predictions"] for one in content["rounds"] for _ in range(one["repeats"])]
+    predicted = [(one["window"], one["predictions"]) for one in content["rounds"]]
     for policy in next(iter(real.values())):
-        ours = [by[policy] for one in predicted for by in one["outcomes"].values()]
+        ours = [one["outcomes"][window][policy] for window, one in predicted]
         theirs = [one for by in real.values() for one in by[policy]]
         rows.append(
             {
                 "policy": policy,
-                "utility, simulated": float(
-                    np.mean([predicted_utility(one, w, policy) for one in predicted for w in real])
-                ),
+                "utility, simulated": float(np.mean([predicted_utility(one, w, policy) for w, one in predicted])),
                 "utility, real": float(np.mean([one["utility"] for one in theirs])),
                 "SLO, simulated": float(np.mean([one["slo_attainment"] for one in ours])),
                 "SLO, real": float(np.mean([one["slo_attainment"] for one in theirs])),
@@ -92,15 +89,11 @@ def _hindsight(content: Mapping[str, Any]) -> dict[str, Any] | None:
     def off(cells: Sequence[Mapping[str, Any]]) -> float:
         return float(np.sqrt(np.mean([row["error"] ** 2 for row in cells])))
 
-    speeds, points = [one["speed"] for one in content["rounds"]], content["verdict"]["level"]["points"]
+    points = content["verdict"]["level"]["points"]
     return {
-        "slower": {
-            bits: [float(np.mean(one["during_each"][bits]) / np.mean(one["before_each"][bits])) for one in speeds]
-            for bits in speeds[0]["before_each"]
-        },
-        "hold": sum(row["holds"] for row in found["cells"]),
-        "within": sum(abs(row["error"]) <= points for row in found["cells"]),
-        "off": off(found["cells"]),
+        "hold": sum(row["holds"] for row in found),
+        "within": sum(abs(row["error"]) <= points for row in found),
+        "off": off(found),
         "off_predicted": off(content["verdict"]["level"]["cells"]),
     }
 
@@ -108,7 +101,7 @@ def _hindsight(content: Mapping[str, Any]) -> dict[str, Any] | None:
 def _cells_table(content: Mapping[str, Any]) -> str:
     """Return every predicted utility next to its repeats."""
     cells = content["verdict"]["level"]["cells"]
-    known = [row["simulated"] for row in (content.get("hindsight") or {}).get("cells", [])]
+    known = [row["simulated"] for row in content.get("hindsight") or []]
     rows = [
         {
             "window": row["window"],

@@ -163,15 +163,20 @@ def at_run_speeds(cfg: DictConfig, slowdown: float, speeds: Sequence[float]) -> 
     every = [(cell, speed) for cell in cells(cfg) for speed in speeds]
     with progress("simulating other speeds", len(every), "runs") as report:
         for number, ((window, policy), speed) in enumerate(every, start=1):
-            one = run_config(cfg, window, policy, slowdown)
-            with open_dict(one):
-                one.slowdown = slowdown * speed
-            with tempfile.TemporaryDirectory() as folder:
-                serve(Path(folder) / "run", one, *build_engine(one))
-                reached = outcome(Path(folder) / "run", one)["utility"]
-            found.setdefault(window, {}).setdefault(policy, []).append(float(reached))
+            reached = _utility_at(cfg, window, policy, slowdown, speed)
+            found.setdefault(window, {}).setdefault(policy, []).append(reached)
             report(number)
     return found
+
+
+def _utility_at(cfg: DictConfig, window: str, policy: str, slowdown: float, speed: float) -> float:
+    """Simulate a run whose iterations take ``speed`` times as long as at the slowdown; return its utility."""
+    one = run_config(cfg, window, policy, slowdown)
+    with open_dict(one):
+        one.slowdown = slowdown * speed
+    with tempfile.TemporaryDirectory() as folder:
+        serve(Path(folder) / "run", one, *build_engine(one))
+        return float(outcome(Path(folder) / "run", one)["utility"])
 
 
 def predicted_utility(predictions: Mapping[str, Any], window: str, policy: str) -> float:
@@ -184,27 +189,29 @@ def predicted_utility(predictions: Mapping[str, Any], window: str, policy: str) 
     return float(np.mean(at_speeds)) if at_speeds else float(predictions["outcomes"][window][policy]["utility"])
 
 
-def in_hindsight(cfg: DictConfig, predictions: Mapping[str, Any], during: MachineSpeed) -> dict[str, Any] | None:
-    """Simulate every window with the machine as it was during the judged runs, which no prediction can know.
+def in_hindsight(
+    cfg: DictConfig, predictions: Mapping[str, Any], folder: Path, slower: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """Simulate a window again with the machine as fast as it was during each judged run, which no prediction can know.
 
     No claim depends on it. It says how much of the errors is due to a machine that became faster or slower.
 
     Args:
-        cfg: as for the predictions. during: the reference runs between the judged runs.
+        cfg: as for the predictions, of one window. folder: of the round.
+        slower: policy -> for each judged run, how much longer its passes took than predicted.
     Returns:
-        ``speeds`` of these runs relative to the frozen speed, and ``utility``: window -> policy -> its mean over them.
-        None if the predictions are for a stated speed, or some precision was measured only before them.
+        Policy -> for each judged run the utility, a mean over speeds as predictions are.
     """
-    before = {one["bits"] for one in predictions["references"]}
-    if not cfg.ranges or not before or {one["bits"] for one in during.references} != before:
-        return None
-    machine, frozen = factors_of(cfg, during), float(predictions["slowdown"])
-    each = run_speeds(during.references, _content(cfg), server_spec(cfg).model, machine)
-    speeds = [speed * machine.slowdown / frozen for speed in each]
-    with tempfile.TemporaryDirectory() as folder:
-        found = at_run_speeds(priced_for(cfg, Path(folder), machine), frozen, speeds)
-    means = {window: {p: float(np.mean(each)) for p, each in by.items()} for window, by in found.items()}
-    return {"speeds": speeds, "utility": means}
+    priced, frozen = priced_for(cfg, folder, machine_of(predictions, folder)), float(predictions["slowdown"])
+    (window,) = map(str, cfg.windows)
+    spread = predictions["run_speeds"] or [1.0]
+    return {
+        policy: [
+            float(np.mean([_utility_at(priced, window, policy, frozen, factor * speed) for speed in spread]))
+            for factor in factors
+        ]
+        for policy, factors in slower.items()
+    }
 
 
 def factors_of(cfg: DictConfig, speed: MachineSpeed) -> MachineFactors:

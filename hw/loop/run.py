@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from rich.table import Table
 
 from hw.engine.hw_engine import check_gpu
 from hw.loop.judged_runs import (
-    DURING,
     RealServer,
     complete_repeats,
     measured_speed,
@@ -30,7 +30,6 @@ from hw.loop.predictions import FILE as PREDICTIONS
 from hw.loop.predictions import (
     check_same_settings,
     check_unchanged,
-    factors_of,
     in_hindsight,
     machine_of,
     note_judged,
@@ -39,13 +38,14 @@ from hw.loop.predictions import (
     priced_for,
     read_predictions,
 )
-from hw.loop.settings import check_settings, check_windows, results_folder
+from hw.loop.settings import check_settings, check_windows, description, of_window, results_folder
 from hw.loop.verdict import judge, levels
-from hw.validate.machine_speed import MachineSpeed, factors_by_precision, without_passes
+from hw.validate.machine_speed import factors_by_precision, without_passes
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
 from sim.paths import RESULTS
+from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 from sim.types import Floats
 
@@ -61,16 +61,27 @@ def main() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """The machine's speed, the predictions at it, and the real runs after them.
+    """A window once: the machine's speed, the predictions at it, and the real runs right after them.
 
-    folder: of its runs. predictions: content of its file. repeats: those that are complete.
-    real: window -> policy -> figures of each of these repeats.
+    number: from 1 on. cfg: of this window alone. folder: of its runs. predictions: content of its file.
+    real: policy -> figures of each judged run.
     """
 
+    number: int
+    cfg: DictConfig
     folder: Path
     predictions: dict[str, Any]
-    repeats: list[int]
-    real: dict[str, dict[str, list[dict[str, Any]]]]
+    real: dict[str, list[dict[str, Any]]]
+
+    @property
+    def window(self) -> str:
+        """The label of the window."""
+        return str(next(iter(self.cfg.windows)))
+
+    @property
+    def repeats(self) -> int:
+        """How often each policy served the window."""
+        return min(map(len, self.real.values()))
 
 
 def _loop(cfg: DictConfig) -> int:
@@ -81,29 +92,34 @@ def _loop(cfg: DictConfig) -> int:
     if cfg.page == "only":
         content = read_json_object(out / RESULT, ConfigError, "run python -m hw.loop")
         return _written(content, out, console)
+    check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
     real, rounds = RealServer(cfg), []
-    for number in range(1, cfg.rounds + 1):
-        folder = Path(cfg.runs) / f"round{number}"
-        if cfg.page == "judge" and not (folder / PREDICTIONS).is_file():
-            continue
-        predictions = _predictions(cfg, folder, real)
-        if missing_runs(cfg, folder):
-            _show_predictions(predictions, number, console)
-            if cfg.page == "predict":
-                return 0
-        if cfg.page == "also":
-            note_judged(folder, predictions)
-            machine = machine_of(predictions, folder)
-            priced = priced_for(cfg, folder, machine)
-            run_missing(priced, folder, machine.slowdown, real, lambda line: console.print(line, highlight=False))
-        repeats = complete_repeats(cfg, folder)
-        outcomes = real_outcomes(cfg, folder, float(predictions["slowdown"]), repeats)
-        rounds.append(Round(folder=folder, predictions=predictions, repeats=repeats, real=outcomes))
+    for number in range(1, (1 if cfg.page == "predict" else cfg.rounds) + 1):
+        order = list(map(str, cfg.windows))
+        random.Random(f"{cfg.seed} {number}").shuffle(order)
+        for window in order:
+            folder = Path(cfg.runs) / f"round{number}" / window
+            if cfg.page != "judge" or (folder / PREDICTIONS).is_file():
+                rounds.append(_round(of_window(cfg, window), number, folder, real, console))
     if cfg.page == "predict":
-        raise ConfigError(f"{cfg.runs} has all runs of {cfg.rounds} rounds; raise rounds, or judge them: page=judge")
-    content = judged(cfg, [one for one in rounds if one.repeats])
+        return 0
+    content = judged(cfg, rounds)
     write_json(out / RESULT, content)
     return _written(content, out, console)
+
+
+def _round(cfg: DictConfig, number: int, folder: Path, real: RealServer, console: Console) -> Round:
+    """Predict a window and serve it, unless that was done; return what there is."""
+    predictions = _predictions(cfg, folder, real)
+    slowdown = float(predictions["slowdown"])
+    if missing_runs(cfg, folder):
+        _show_predictions(predictions, number, console)
+        if cfg.page == "also":
+            note_judged(folder, predictions)
+            priced = priced_for(cfg, folder, machine_of(predictions, folder))
+            run_missing(priced, folder, slowdown, real, lambda line: console.print(line, highlight=False))
+    (by_policy,) = real_outcomes(cfg, folder, slowdown, complete_repeats(cfg, folder)).values()
+    return Round(number=number, cfg=cfg, folder=folder, predictions=predictions, real=by_policy)
 
 
 def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, Any]:
@@ -120,32 +136,36 @@ def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, A
         return found
     if (folder / "real").exists():
         raise ConfigError(f"{folder} has judged runs but no predictions that came before them; take another folder")
-    check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
     return predict(cfg, folder, measured_speed(cfg, folder, real) if cfg.measure else None)
 
 
 def judged(cfg: DictConfig, rounds: Sequence[Round]) -> dict[str, Any]:
-    """Return the content of the results file.
+    """Return the content of the results file, from the rounds in which every window was served.
 
     Raises:
-        ConfigError: if no round has a repeat in which every window was served under every policy.
+        ConfigError: if there is no such round.
     """
-    if not rounds:
+    windows, policies = list(map(str, cfg.windows)), list(map(str, cfg.policies))
+    served = {(one.number, one.window): one.repeats for one in rounds}
+    numbers = [n for n in range(1, cfg.rounds + 1) if all(served.get((n, w), 0) == cfg.repeats for w in windows)]
+    if not numbers:
         raise ConfigError(
-            f"{cfg.runs} has no round with a repeat in which every window and policy was served; run without page=judge"
+            f"{cfg.runs} has no round in which every window and policy was served; run without page=judge"
         )
-    first, every = rounds[0], [one for each in rounds for one in [each.predictions] * len(each.repeats)]
-    windows, policies = list(first.real), list(next(iter(first.real.values())))
-    real = {w: {p: [one for each in rounds for one in each.real[w][p]] for p in policies} for w in windows}
+    kept = sorted((one for one in rounds if one.number in numbers), key=lambda one: one.number)
+    of = {w: [one for one in kept if one.window == w] for w in windows}
+    real = {w: {p: [run for one in of[w] for run in one.real[p]] for p in policies} for w in windows}
     simulated = {
-        p: np.array([np.mean([predicted_utility(one, w, p) for one in every]) for w in windows]) for p in policies
+        p: np.array([np.mean([predicted_utility(one.predictions, w, p) for one in of[w]]) for w in windows])
+        for p in policies
     }
-    reached = {p: np.array([[one["utility"] for one in real[w][p]] for w in windows]) for p in policies}
+    reached = {p: np.array([[run["utility"] for run in real[w][p]] for w in windows]) for p in policies}
     changes = {
-        p: float(np.mean([one["changes_per_minute"] for w in windows for one in real[w][p]]))
+        p: float(np.mean([run["changes_per_minute"] for w in windows for run in real[w][p]]))
         for p in policies
         if p not in cfg.fixed
     }
+    ranged = all(one.predictions["utility_at_run_speeds"] for one in kept)
     verdict = judge(
         simulated,
         reached,
@@ -154,61 +174,53 @@ def judged(cfg: DictConfig, rounds: Sequence[Round]) -> dict[str, Any]:
         learner=cfg.learner,
         changes=changes,
         least_changes=float(cfg.least_changes),
-        ranges={p: [_at_speeds(rounds, w, p) for w in windows] for p in policies}
-        if all(each.predictions["utility_at_run_speeds"] for each in rounds)
-        else None,
+        ranges={p: [_at_speeds(of[w], w, p) for w in windows] for p in policies} if ranged else None,
     )
-    known = [in_hindsight(cfg, each.predictions, MachineSpeed(each.folder / DURING)) for each in rounds]
     return {
         "provenance": provenance(cfg.seed),
-        "rounds": [_round_content(cfg, each) for each in rounds],
-        "settings": first.predictions["description"],
-        "repeats": len(every),
+        "rounds": [_round_content(one) for one in kept],
+        "settings": description(cfg),
+        "repeats": len(numbers) * int(cfg.repeats),
         "note": str(cfg.note),
         "real": real,
-        "device": _device(first.folder, windows[0], policies[0], first.repeats[0]),
+        "device": _device(run_folder(kept[0].folder, kept[0].window, policies[0], 0)),
         "verdict": verdict,
-        "hindsight": _hindsight_cells(rounds, known, reached, windows, float(cfg.points)),
+        "hindsight": _hindsight_cells(of, reached, float(cfg.points)) if ranged else None,
     }
 
 
 def _at_speeds(rounds: Sequence[Round], window: str, policy: str) -> list[float]:
-    """Return the utilities predicted at the speeds of single reference runs, of all rounds."""
+    """Return the utilities predicted at the speeds of single reference runs, of all rounds of a window."""
     return [utility for one in rounds for utility in one.predictions["utility_at_run_speeds"][window][policy]]
 
 
 def _hindsight_cells(
-    rounds: Sequence[Round],
-    known: Sequence[Mapping[str, Any] | None],
-    reached: Mapping[str, Floats],
-    windows: Sequence[str],
-    points: float,
-) -> dict[str, Any] | None:
-    """Return the cells of the level as simulation in hindsight gives them; None if some round has no hindsight."""
-    if any(one is None for one in known):
-        return None
-    every = [one["utility"] for one, each in zip(known, rounds, strict=True) if one for _ in each.repeats]
-    simulated = {p: np.array([np.mean([one[w][p] for one in every]) for w in windows]) for p in reached}
-    return {"speeds": [one["speeds"] for one in known if one], "cells": levels(simulated, reached, windows, points)}
+    of: Mapping[str, Sequence[Round]], reached: Mapping[str, Floats], points: float
+) -> list[dict[str, Any]]:
+    """Return the cells of the level with the machine as fast as it was during each judged run."""
+    known: dict[str, list[float]] = {policy: [] for policy in reached}
+    every = [(window, one) for window, rounds in of.items() for one in rounds]
+    found: dict[str, list[dict[str, list[float]]]] = {}
+    with progress("simulating at the speeds of the judged runs", len(every), "windows") as report:
+        for number, (window, one) in enumerate(every, start=1):
+            slower = {policy: [run["slower"] for run in runs] for policy, runs in one.real.items()}
+            found.setdefault(window, []).append(in_hindsight(one.cfg, one.predictions, one.folder, slower))
+            report(number)
+    for policy, utilities in known.items():
+        for window in of:
+            utilities.append(float(np.mean([utility for one in found[window] for utility in one[policy]])))
+    return levels({p: np.array(utilities) for p, utilities in known.items()}, reached, list(of), points)
 
 
-def _round_content(cfg: DictConfig, one: Round) -> dict[str, Any]:
+def _round_content(one: Round) -> dict[str, Any]:
     """Return what the results file has of a round."""
     kept = {key: value for key, value in one.predictions.items() if key != "description"}
     references = [without_passes(reference) for reference in one.predictions["references"]]
-    during = MachineSpeed(one.folder / DURING)
-    machine = factors_of(cfg, during)
     return {
+        "round": one.number,
+        "window": one.window,
         "predictions": kept | {"references": references},
-        "repeats": len(one.repeats),
-        "speed": {
-            "before": one.predictions["slowdown"],
-            "before_each": _by_precision(one.predictions["references"]),
-            "factors": one.predictions["factors"],
-            "during": machine.slowdown if during.references else None,
-            "during_each": _by_precision(during.references),
-            "factors_during": machine.pairs(),
-        },
+        "measured": _by_precision(one.predictions["references"]),
     }
 
 
@@ -216,8 +228,8 @@ def _by_precision(references: Sequence[Mapping[str, Any]]) -> dict[str, list[flo
     return {str(bits): each for bits, each in factors_by_precision(references).items()}
 
 
-def _device(folder: Path, window: str, policy: str, repeat: int) -> dict[str, Any]:
-    path = run_folder(folder, window, policy, repeat) / "hardware.json"
+def _device(run: Path) -> dict[str, Any]:
+    path = run / "hardware.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     return {key: content[key] for key in ("device", "processor", "torch", "transformers", "clock", "attention")} | {
         "weights_note": content["weights_note"]

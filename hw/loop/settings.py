@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,19 +30,20 @@ class LoopConfig(HwReplayConfig):
     policies: label -> the differences of a policy.
     learner: label of the policy that must not be below the best rule; null for none.
     fixed: labels of policies that never change the plan; the other ones must.
-    rounds: how often the machine's speed is measured, every window predicted, and then served.
-    repeats: real runs of each window and policy in a round.
+    rounds: how often each window is predicted, at the speed that reference runs measure then, and served right after.
+    repeats: real runs of each policy in a round of a window.
     measure: whether reference runs measure the speed of the machine; false takes ``slowdown``. There are ``references``
-        of them at each precision that the calibration has, because the machine may be slower at one than at another.
+        of them at each precision that the calibration has, because the machine may be slower at one than at another,
+        with arrivals for ``reference_s`` seconds.
     ranges: whether each window is also simulated with a machine as fast as in each single reference run; the predicted
-        utility is then the mean of these, with a range. After the judged runs, each is simulated once more as fast as
-        the reference runs between them; no claim depends on these.
+        utility is then the mean of these, with a range. After the judged runs, each is simulated once more with a
+        machine as fast as it was during the run; no claim depends on these.
     least_requests: of a window. least_changes: changes of the weights that run, per minute.
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.
     note: what else a reader of the page has to know about the runs, such as what the machine did meanwhile.
     page: also (run what is missing, judge, write the page), predict (only write and show the predictions of the first
-        round that is not served), judge (run nothing), or only (write the page again from the results).
+        round), judge (run nothing), or only (write the page again from the results).
     """
 
     windows: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class LoopConfig(HwReplayConfig):
     repeats: int = 1
     measure: bool = True
     references: int = 4
+    reference_s: float = 8.0
     ranges: bool = True
     least_requests: int = 150
     least_changes: float = 20.0
@@ -72,6 +75,7 @@ OWN_KEYS = (
     "repeats",
     "measure",
     "references",
+    "reference_s",
     "ranges",
     "least_requests",
     "least_changes",
@@ -83,8 +87,8 @@ OWN_KEYS = (
 )
 """Keys of the loop itself, which the configuration of a run lacks."""
 NO_PREDICTION = (
-    *("rounds", "repeats", "references", "ranges", "runs", "out", "note", "page", "slowdown", "measure", "points"),
-    *("plot", "label", "tags"),
+    *("rounds", "repeats", "references", "reference_s", "ranges", "runs", "out", "note", "page"),
+    *("slowdown", "measure", "points", "plot", "label", "tags"),
 )
 """Keys on which predictions do not depend; the slowdown stands in them."""
 
@@ -105,6 +109,8 @@ def check_settings(cfg: DictConfig) -> None:
     for key, least in (("rounds", 1), ("repeats", 1), ("references", 1), ("least_requests", 1)):
         if cfg[key] < least:
             raise ConfigError(f"{key} is {cfg[key]}; it must be at least {least}")
+    if not 0 < cfg.reference_s < math.inf:
+        raise ConfigError(f"reference_s is {cfg.reference_s}; it must be a number of seconds above 0, such as 8")
     if not 0 <= cfg.points <= 1 or not cfg.least_changes >= 0:
         raise ConfigError(
             f"points is {cfg.points} and least_changes {cfg.least_changes}; they must be from 0 to 1, and at least 0"
@@ -113,6 +119,14 @@ def check_settings(cfg: DictConfig) -> None:
         for label in labels:
             if label not in cfg.policies:
                 raise ConfigError(f"{key}: there is no policy {label!r}; {nearest(label, map(str, cfg.policies))}")
+
+
+def of_window(cfg: DictConfig, window: str) -> DictConfig:
+    """Return the configuration with a single one of its windows."""
+    one = cfg.copy()
+    with open_dict(one):
+        one.windows = {window: cfg.windows[window]}
+    return one
 
 
 def cells(cfg: DictConfig) -> list[tuple[str, str]]:

@@ -172,6 +172,8 @@ def hardware(engine: HwEngine, cfg: DictConfig) -> dict[str, Any]:
         "out_of_memory": engine.out_of_memory,
         "peak_predicted_bytes": max((row.predicted_bytes for row in rows), default=0),
         "peak_allocated_bytes": max((row.allocated_bytes for row in rows), default=0),
+        "busy_s": engine.busy_s,
+        "priced_s": engine.priced_s,
         "largest_difference_bytes": max((abs(row.allocated_bytes - row.predicted_bytes) for row in rows), default=0),
         "weights_note": engine.elastic.note or None,
         "stored_weight_bytes": engine.elastic.stored_bytes,

@@ -66,9 +66,11 @@ class MachineSpeed:
         latency: LatencyModel,
         load: Load = CPU_LOAD,
         precisions: Sequence[int] = (),
+        seconds: float = SERVED_S,
     ) -> None:
         """Serve one reference run with all blocks: about ten seconds of computing for SmolLM2 on a CPU.
 
+        seconds: of arrivals, or more if it takes longer until a few requests have arrived.
         precisions: bits of the weights, which the runs take in turn; none: those of the checkpoint.
         """
         number, bits = len(self.references), None
@@ -76,7 +78,7 @@ class MachineSpeed:
             number, at = divmod(number, len(precisions))
             bits = precisions[at]
         rate_rps = load.rates_rps[number % len(load.rates_rps)]
-        run = run_engine(elastic, clock, FIRST_SEED + number, load, rate_rps, SERVED_S, bits)
+        run = run_engine(elastic, clock, FIRST_SEED + number, load, rate_rps, seconds, bits)
         entry: dict[str, Any] = {
             "bits": 16 if bits is None else bits,
             "iterations": len(run.shapes),

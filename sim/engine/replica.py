@@ -565,6 +565,16 @@ class Replica(ReplicaState):
             self._preempt(live)
         self._most_running = len(running)  # otherwise the same batch would be formed again
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds in iterations that have ended."""
+        return self._busy_s
+
+    @property
+    def priced_s(self) -> float:
+        """Seconds that the calibration says these iterations take, without a slowdown."""
+        return self._priced_s
+
     def _end(self, under_way: _UnderWay) -> None:
         """Let an iteration take effect: count its tokens, and add the next token of each request that caught up."""
         iteration, ran = under_way.iteration, under_way.ran

@@ -72,8 +72,8 @@ def test_predictions_are_written_before_the_first_judged_run_and_runs_that_exist
 ) -> None:
     cfg = compose_config("hw_loop", settings)
     assert _loop(compose_config("hw_loop", [*settings, "page=predict"])) == 0
-    path = tmp_path / "runs" / "round1" / "predictions.json"
-    assert not (tmp_path / "runs" / "round1" / "real").exists()
+    path = tmp_path / "runs" / "round1" / "one" / "predictions.json"
+    assert not (tmp_path / "runs" / "round1" / "one" / "real").exists()
     frozen = path.read_bytes()
     assert _loop(cfg) in (0, 1)
     assert path.read_bytes() == frozen
@@ -82,8 +82,8 @@ def test_predictions_are_written_before_the_first_judged_run_and_runs_that_exist
     assert content["repeats"] == 2
     assert set(content["real"]["one"]) == {"dense", "low"}
     assert (tmp_path / "out" / "index.md").is_file()
-    assert missing_runs(cfg, tmp_path / "runs" / "round1") == []
-    summary = tmp_path / "runs" / "round1" / "real" / "one" / "dense" / "hw0" / "summary.json"
+    assert missing_runs(cfg, tmp_path / "runs" / "round1" / "one") == []
+    summary = tmp_path / "runs" / "round1" / "one" / "real" / "one" / "dense" / "hw0" / "summary.json"
     kept = summary.stat().st_mtime_ns
     summary.parent.with_name("hw1").joinpath("summary.json").unlink()
     assert _loop(cfg) in (0, 1)
@@ -102,7 +102,7 @@ def test_predictions_for_a_stated_speed_are_not_judged_as_measured_ones(settings
     assert _loop(compose_config("hw_loop", [*settings, "page=predict"])) == 0
     with pytest.raises(ConfigError, match=r"a stated slowdown of 0\.05, which no reference run measured"):
         _loop(compose_config("hw_loop", [*settings, "measure=true"]))
-    assert not (tmp_path / "runs" / "round1" / "real").exists()
+    assert not (tmp_path / "runs" / "round1" / "one" / "real").exists()
 
 
 def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
@@ -110,7 +110,7 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
 ) -> None:
     pytest.importorskip("torch")
     assert _loop(compose_config("hw_loop", [*settings, "measure=true", "page=predict"])) == 0
-    content = json.loads((tmp_path / "runs" / "round1" / "predictions.json").read_text(encoding="utf-8"))
+    content = json.loads((tmp_path / "runs" / "round1" / "one" / "predictions.json").read_text(encoding="utf-8"))
     reference = content["references"][0]
     assert content["slowdown"] == pytest.approx(reference["measured_s"] / reference["priced_s"])
     assert [one["bits"] for one in content["references"]] == [16, 8, 4]
@@ -119,7 +119,7 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     assert machine == machine_factors(content["references"], plain, load_model("tiny"))
     # Predictions and judged runs have the prices of this machine: those of the calibration, times the factors.
     usual = load_calibration(tmp_path / "tiny.json").with_factors(machine.factors, machine.block_factors)
-    written = load_calibration(tmp_path / "runs" / "round1" / "calibration.json")
+    written = load_calibration(tmp_path / "runs" / "round1" / "one" / "calibration.json")
     for bits in (16, 8, 4):
         assert written.linear_s("ffn", bits, 7) == pytest.approx(usual.linear_s("ffn", bits, 7), rel=1e-9)
     # Each window is simulated at the speed of each reference run too.
@@ -137,11 +137,11 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     judged = json.loads((tmp_path / "out" / "loop.json").read_text(encoding="utf-8"))["verdict"]["level"]["cells"]
     assert [row["simulated"] for row in judged if row["policy"] == "low"] == [pytest.approx(mean)]
     for side in ("sim/one/low", "real/one/low/hw0"):
-        config = OmegaConf.load(tmp_path / "runs" / "round1" / side / "config.yaml")
-        assert config.latency == str(tmp_path / "runs" / "round1" / "calibration.json")
+        config = OmegaConf.load(tmp_path / "runs" / "round1" / "one" / side / "config.yaml")
+        assert config.latency == str(tmp_path / "runs" / "round1" / "one" / "calibration.json")
     text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
-    of_4 = machine.block_factors[4]
-    assert re.search(rf"4 bits, factors before +\| *{of_4.memory_bound:.2f}, {of_4.compute_bound:.2f} ", text)
+    of_4 = next(one["measured_s"] / one["priced_s"] for one in content["references"] if one["bits"] == 4)
+    assert re.search(rf"\| one .*\| +{content['slowdown']:.2f} \|.*\| +{of_4:.2f} \|", text)
     assert all("passes" not in one for one in result(tmp_path)["rounds"][0]["predictions"]["references"])
     assert "- **Note.** Others used the machine." in text
     for cell in result(tmp_path)["verdict"]["level"]["cells"]:
@@ -149,67 +149,78 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
         assert (cell["least"], cell["most"]) == (min(every), max(every))
         assert cell["in_range"] == (min(every) <= cell["real"] <= max(every))
     assert re.search(r"the mean of the repeats lies in it in \d of 2 cells", text)
-    assert result(tmp_path)["hindsight"] is None  # between so few judged runs, only one precision was measured
 
 
-def test_each_round_is_predicted_at_the_speed_measured_before_it_and_then_served(
-    settings: list[str], tmp_path: Path
-) -> None:
-    more = [*settings, "measure=true", "rounds=2", "repeats=1"]
+def test_each_window_is_predicted_in_each_round_at_the_speed_measured_then(settings: list[str], tmp_path: Path) -> None:
+    more = [*settings, "measure=true", "rounds=2", "repeats=1", f"+windows.two={WINDOW}", "windows.two.seed=9"]
     runs = tmp_path / "runs"
+    assert _loop(compose_config("hw_loop", [*more, "page=predict"])) == 0
+    assert sorted(path.parent.parent.name for path in runs.glob("*/*/predictions.json")) == ["round1", "round1"]
+    assert not list(runs.glob("*/*/real"))
+    with pytest.raises(ConfigError, match="has no round in which every window"):
+        _loop(compose_config("hw_loop", [*more, "page=judge"]))
     assert _loop(compose_config("hw_loop", [*more, "rounds=1"])) in (0, 1)
-    assert _loop(compose_config("hw_loop", [*more, "page=predict"])) == 0  # of the second; the first was served
-    assert sorted(path.name for path in runs.iterdir()) == ["round1", "round2"]
-    assert not (runs / "round2" / "real").exists()
-    assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
-    assert result(tmp_path)["repeats"] == 1  # the second has predictions alone
-    before = json.loads((runs / "round1" / "judged_for.json").read_text(encoding="utf-8"))
+    first = (runs / "round1" / "two" / "judged_for.json").read_bytes()
     assert _loop(compose_config("hw_loop", more)) in (0, 1)
-    assert json.loads((runs / "round1" / "judged_for.json").read_text(encoding="utf-8")) == before
+    assert (runs / "round1" / "two" / "judged_for.json").read_bytes() == first
     content = result(tmp_path)
-    predictions = [
-        json.loads((runs / name / "predictions.json").read_text(encoding="utf-8")) for name in ("round1", "round2")
-    ]
-    assert [one["speed"]["before"] for one in content["rounds"]] == [one["slowdown"] for one in predictions]
-    for number, one in enumerate(predictions, start=1):
-        config = OmegaConf.load(runs / f"round{number}" / "real" / "one" / "low" / "hw0" / "config.yaml")
+    assert (content["repeats"], sorted(content["real"])) == (2, ["one", "two"])
+    predictions = {
+        (one["round"], one["window"]): json.loads(
+            (runs / f"round{one['round']}" / one["window"] / "predictions.json").read_text(encoding="utf-8")
+        )
+        for one in content["rounds"]
+    }
+    assert len({one["slowdown"] for one in predictions.values()}) == 4  # each measured by itself
+    for (number, window), one in predictions.items():
+        config = OmegaConf.load(runs / f"round{number}" / window / "real" / window / "low" / "hw0" / "config.yaml")
         assert config.slowdown == one["slowdown"]
     for row in content["verdict"]["level"]["cells"]:
-        each = [predicted_utility(one, "one", row["policy"]) for one in predictions]
+        each = [
+            predicted_utility(one, row["window"], row["policy"])
+            for (_, window), one in predictions.items()
+            if window == row["window"]
+        ]
         assert row["simulated"] == pytest.approx(sum(each) / 2)
-        assert row["repeats"] == [one["utility"] for one in content["real"]["one"][row["policy"]]]
+        assert row["repeats"] == [run["utility"] for run in content["real"][row["window"]][row["policy"]]]
         assert len(row["repeats"]) == 2
     text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
-    assert all(one["predictions"]["sha256"][:16] in text for one in content["rounds"])
-    with pytest.raises(ConfigError, match="has all runs of 2 rounds"):
-        _loop(compose_config("hw_loop", [*more, "page=predict"]))
+    assert all(one["predictions"]["sha256"][:12] in text for one in content["rounds"])
+    (runs / "round2" / "two" / "real" / "two" / "low" / "hw0" / "summary.json").unlink()
+    assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
+    assert result(tmp_path)["repeats"] == 1  # the second round lacks a run
 
 
-def test_windows_are_simulated_again_at_the_speed_of_the_judged_runs(settings: list[str], tmp_path: Path) -> None:
+def test_windows_are_simulated_again_at_the_speed_of_each_judged_run(settings: list[str], tmp_path: Path) -> None:
     more = [*settings, "measure=true", "repeats=1"]
     assert _loop(compose_config("hw_loop", more)) in (0, 1)
-    before = json.loads((tmp_path / "runs" / "round1" / "before" / "machine_speed.json").read_text(encoding="utf-8"))
+    first = result(tmp_path)
+    path = tmp_path / "runs" / "round1" / "one" / "real" / "one" / "low" / "hw0" / "hardware.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    slowdown = first["rounds"][0]["predictions"]["slowdown"]
+    assert first["real"]["one"]["low"][0]["slower"] == pytest.approx(found["busy_s"] / found["priced_s"] / slowdown)
 
-    def slower(factor: float) -> list[dict[str, Any]]:
-        return [
-            one
-            | {"measured_s": factor * one["measured_s"]}
-            | {"passes": [each | {"measured_s": factor * each["measured_s"]} for each in one["passes"]]}
-            for one in before
-        ]
-
-    def judged_after(factor: float) -> dict[str, Any]:
-        write_json(tmp_path / "runs" / "round1" / "during" / "machine_speed.json", slower(factor))
+    def judged_as(slower: float) -> dict[str, Any]:
+        write_json(path, found | {"busy_s": slower * slowdown * found["priced_s"]})
         assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
-        return result(tmp_path)["hindsight"]
+        return result(tmp_path)
 
-    predicted = {row["policy"]: row["simulated"] for row in result(tmp_path)["verdict"]["level"]["cells"]}
-    same = judged_after(1.0)
-    assert {row["policy"]: row["simulated"] for row in same["cells"]} == pytest.approx(predicted)
-    assert "In hindsight" in (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
-    hundredfold = judged_after(100.0)
-    assert hundredfold["speeds"][0] == pytest.approx([100 * speed for speed in same["speeds"][0]])
-    assert all(row["simulated"] < predicted[row["policy"]] for row in hundredfold["cells"])
+    def known(content: dict[str, Any]) -> dict[str, float]:
+        return {row["policy"]: row["simulated"] for row in content["hindsight"]}
+
+    predicted = {row["policy"]: row["simulated"] for row in first["verdict"]["level"]["cells"]}
+    same, hundredfold = judged_as(1.0), judged_as(100.0)
+    assert same["real"]["one"]["low"][0]["slower"] == pytest.approx(1.0)
+    assert known(same)["low"] == pytest.approx(predicted["low"])
+    assert known(hundredfold)["low"] < predicted["low"]
+    assert known(hundredfold)["dense"] == known(same)["dense"]
+    assert hundredfold["verdict"] == same["verdict"]  # no claim depends on it
+    text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+    assert "to 100.00 times their predicted seconds" in text
+    del found["busy_s"]
+    write_json(path, found)
+    with pytest.raises(ConfigError, match="is of an earlier version"):
+        _loop(compose_config("hw_loop", [*more, "page=judge"]))
 
 
 def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str]) -> None:
@@ -226,8 +237,9 @@ def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str
         (["~policies.low"], "two policies"),
         (["learner=learnt"], "no policy 'learnt'"),
         (["least_requests=1000"], "least_requests is 1000"),
-        (["page=judge"], "has no round with a repeat"),
+        (["page=judge"], "has no round in which every window"),
         (["rounds=0"], "rounds is 0"),
+        (["reference_s=0"], "reference_s is 0"),
         (["policies.low.policy=unknown"], "there is no policy=unknown"),
     ],
 )
@@ -236,4 +248,4 @@ def test_a_mistake_is_one_sentence_before_the_first_run(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         _loop(compose_config("hw_loop", [*settings, *more]))
-    assert not (tmp_path / "runs" / "round1" / "real").exists()
+    assert not (tmp_path / "runs" / "round1" / "one" / "real").exists()
