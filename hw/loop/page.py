@@ -34,15 +34,16 @@ def page(content: Mapping[str, Any]) -> str:
         run_speeds=[speed for one in rounds for speed in one["predictions"]["run_speeds"]],
         slower=[run["slower"] for by in content["real"].values() for runs in by.values() for run in runs],
         requests=[int(n["requests"]) for one in rounds for n in one["predictions"]["windows"].values()],
-        number_of_rounds=max(one["round"] for one in rounds),
+        number_of_rounds=len({one["round"] for one in rounds}),
     )
 
 
 def _rounds_table(content: Mapping[str, Any]) -> str:
     """Return when each window was predicted in each round, and how fast the machine was before and during its runs."""
-    rows, repeats = [], content["repeats"] // max(one["round"] for one in content["rounds"])
+    numbers = sorted({one["round"] for one in content["rounds"]})
+    rows, repeats = [], content["repeats"] // len(numbers)
     for one in content["rounds"]:
-        predictions, first = one["predictions"], (one["round"] - 1) * repeats
+        predictions, first = one["predictions"], numbers.index(one["round"]) * repeats
         runs = [run for each in content["real"][one["window"]].values() for run in each[first : first + repeats]]
         rows.append(
             {
