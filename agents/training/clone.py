@@ -157,7 +157,7 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
             core.begin(window)
             offset = int(rng.integers(config.every))
             action = core.choice.action
-            then = None if config.then is None else _rule(config.then, setting, window)
+            then = None if config.then is None else rule_for(config.then, setting, window)
             for tick in range(1, setting.ticks - 1):
                 if then is not None:
                     action = numbers.get(then(core.state), action)
@@ -176,8 +176,12 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
     return np.stack(features), np.stack(losses)
 
 
-def _rule(then: Any, setting: ServeSetting, window: Window) -> Policy:
-    """Return a new policy for the server of a window, as fast as calibrated: a policy measures the speed there is."""
+def rule_for(then: Any, setting: ServeSetting, window: Window) -> Policy:
+    """Return a new policy for the server of a window: its costs of low precision, and whether it has such copies.
+
+    The policy takes the server to be as fast as calibrated, and measures the speed that it has. Only ``learned_serve``
+    knows servers without copies at low precision; another rule should name none.
+    """
     if isinstance(then, Mapping) and then.get("name") == "learned_serve":
         then = {**then, "low_bits": window.low_bits}
     return built(then, PolicyContext.of(replace(setting.server_for(window), slowdown=1.0)))
