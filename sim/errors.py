@@ -72,4 +72,5 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     if len(names) > MOST_NAMES:
         listed = "; ".join(get_close_matches(name, names, n=8, cutoff=0.0))
         return f"{hint}{len(names)} names are allowed; the closest are: {listed}"
-    return f"{hint}allowed: {', '.join(names)}"
+    between = "; " if any("," in each for each in names) else ", "
+    return f"{hint}allowed: {between.join(names)}"

@@ -17,8 +17,8 @@ import copy
 import math
 import time
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from agents.baselines.serve import policy_context
 from agents.envs.reward import utility_lost
 from agents.envs.serve import ServeCore, ServeSetting
+from agents.envs.serve_windows import Window
 from agents.training.checks import check_training
 from agents.training.export import export_network
 from agents.training.train import environment_kwargs
@@ -42,7 +42,7 @@ from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.policies.admission import built
-from sim.policies.base import Policy
+from sim.policies.base import Policy, PolicyContext
 from sim.policies.learned import Network, network_of, pair_values
 from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
@@ -153,10 +153,11 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
     features, losses = [], []
     with progress("looking ahead", config.windows, "windows") as report:
         for number in range(config.windows):
-            core.begin(setting.sample_window(rng))
+            window = setting.sample_window(rng)
+            core.begin(window)
             offset = int(rng.integers(config.every))
             action = core.choice.action
-            then = None if config.then is None else built(config.then, policy_context(setting))
+            then = None if config.then is None else rule_for(config.then, setting, window)
             for tick in range(1, setting.ticks - 1):
                 if then is not None:
                     action = numbers.get(then(core.state), action)
@@ -173,6 +174,17 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
                 core.step(action if legal[action] else core.choice.action)
             report(number + 1)
     return np.stack(features), np.stack(losses)
+
+
+def rule_for(then: Any, setting: ServeSetting, window: Window) -> Policy:
+    """Return a new policy for the server of a window: its costs of low precision, and whether it has such copies.
+
+    The policy takes the server to be as fast as calibrated, and measures the speed that it has. Only ``learned_serve``
+    knows servers without copies at low precision; another rule should name none.
+    """
+    if isinstance(then, Mapping) and then.get("name") == "learned_serve":
+        then = {**then, "low_bits": window.low_bits}
+    return built(then, PolicyContext.of(replace(setting.server_for(window), slowdown=1.0)))
 
 
 def _tried(

@@ -14,6 +14,7 @@ from yaml import YAMLError
 from sim.cost.gpu import TP_DEGREES
 from sim.cost.quantization import Quantization, kv_bits, read_quantization
 from sim.errors import ModelError, nearest
+from sim.immutable import Immutable
 from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 
@@ -49,7 +50,7 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(Immutable):
     """The shape of a decoder-only transformer, as in its checkpoint.
 
     One layer is an MHA block (norm, projections, output projection) and an FFN block (norm, up, gate, down).

@@ -12,6 +12,7 @@ from sim.cost.ffn_width import FFN_WIDTHS, FULL_WIDTH, LEAST_CHANNELS
 from sim.cost.model_spec import ModelSpec
 from sim.cost.streaming import LEAST_STREAMED, SLOTS
 from sim.errors import PlanError
+from sim.immutable import Immutable
 from sim.limits import is_whole
 
 WEIGHT_BITS = KV_BITS = (16, 8, 4)
@@ -30,7 +31,7 @@ def is_positive(value: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeepMask:
+class KeepMask(Immutable):
     """Which MHA and FFN blocks run: one entry per layer in each tuple, True keeps the block (RAP's unit of pruning)."""
 
     mha: tuple[bool, ...]
@@ -116,7 +117,7 @@ class KVCompression:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Immutable):
     """How the server runs until the next decision; everything that RAP, MorphServe and PDTrim adapt is a field.
 
     decode: the blocks that decode iterations run (RAP).

@@ -65,6 +65,11 @@ def _say_chosen(name: str, others: str) -> None:
 
 
 @cache
+def _say_other_device(name: str, device: str, gpu: str) -> None:
+    print(f"latency: {name} has the times of {device}, and memory is that of gpu={gpu}", file=sys.stderr)
+
+
+@cache
 def _calibration_ranks(folder: Path) -> dict[str, int]:
     """Return how good each calibration is: 0 measured by ``hw.calibrate``, 1 published, 2 composed, 3 fitted.
 
@@ -212,6 +217,8 @@ class ServerSpec:
         if latency is not None:
             # A file named by its path may have been written again since, so it is read each time.
             priced = load_calibration(latency) if latency.endswith(".json") else named_calibration(latency)
+            if priced.device != gpu.name:
+                _say_other_device(priced.name, priced.device, gpu.name)
             if fixed_s is not None:
                 priced = priced.with_fixed(fixed_s, "fixed_s of the configuration")
             if host_floor_s is not None:

@@ -22,6 +22,7 @@ from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan, with_mask
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
+from sim.immutable import Immutable
 from sim.paths import REPOSITORY
 from sim.policies.base import PolicyContext
 from sim.policies.learned_files import read_about, read_weights
@@ -68,7 +69,7 @@ def pair_values(outputs: Any, heads: tuple[int, int]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
+class Network(Immutable):
     """Float32 perceptrons: per layer, weights [out, in] and biases [out]; an activation between layers.
 
     With k members, weights are [k, out, in] and biases [k, out], and a value is the mean of the members' values. For

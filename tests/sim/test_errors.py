@@ -43,4 +43,5 @@ def test_of_many_allowed_names_the_closest_are_listed_and_the_others_counted() -
     message = nearest("drop 42, W4", many)
     assert message.startswith("did you mean 'drop 42, W4 0'? 500 names are allowed; the closest are: drop 42, W4 0; ")
     assert message.count(";") == 8
+    assert nearest("drop 3", ["drop 2, W4 0", "drop 3, W4 0"]).endswith("allowed: drop 2, W4 0; drop 3, W4 0")
     assert "the closest are: " in nearest("?", many), "also for a name that resembles none"

@@ -38,6 +38,7 @@ from sim.cost.streaming import nested_layers
 from sim.engine import batch_step
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, PlanError, nearest
+from sim.immutable import Immutable
 from sim.limits import is_whole
 from sim.policies.greedy_stop import block_of
 from sim.policies.observation.prune import Entry, ObservationSpec
@@ -63,7 +64,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeActions:
+class ServeActions(Immutable):
     """The plans to choose from.
 
     levels: for each plan, its position in the lists of drops, low layers and admission limits, in [0, 1].

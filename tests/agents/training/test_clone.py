@@ -16,14 +16,16 @@ from omegaconf import OmegaConf
 
 from agents.baselines.serve import conf_policy, policy_context
 from agents.envs.serve import ServeCore, ServeSetting
+from agents.envs.serve_lists import scenario_kwargs
 from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import Window
-from agents.training.clone import LookaheadClone, clone, demonstrations, fit, look_ahead
+from agents.training.clone import LookaheadClone, clone, demonstrations, fit, look_ahead, rule_for
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.learned import read_learned
+from sim.policies.learned_serve import LearnedServe
 from tests.agents.helpers import composed
 
 WINDOW = Window(source="burst", start_s=300.0, rate=1.2, budget="cotenant", budget_seed=4)
@@ -126,6 +128,23 @@ def test_between_two_looks_the_plans_of_the_rule_run(monkeypatch: pytest.MonkeyP
     demonstrations(setting, how, seed=1)
     assert set(taken) == {0, number}  # 0: the best of a look, and as long as the weights may not be changed again
     assert taken.count(number) > 0.8 * len(taken)
+
+
+def test_a_learned_rule_decides_for_the_server_of_its_window() -> None:
+    setting = ServeSetting(**scenario_kwargs("mid/measured"))
+    window = replace(WINDOW, low_bits=False, low_bit_cost=16.0, slowdown=2.0)
+    rule = rule_for({"name": "learned_serve"}, setting, window)
+    assert isinstance(rule, LearnedServe)
+    assert not rule.actions.low_bits
+    assert rule.observer.terms.low_loss == pytest.approx(setting.low_loss(16.0))
+    copied = copy.deepcopy(rule)
+    assert copied.network is rule.network  # a look makes hundreds of copies: what never changes is shared
+    core = ServeCore(setting)
+    core.begin(window)
+    before = rule.observer.counters
+    copied(core.state)
+    assert copied.observer.counters != before
+    assert rule.observer.counters == before
 
 
 def test_on_an_idle_server_no_plan_is_better_than_dense() -> None:

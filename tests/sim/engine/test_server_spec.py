@@ -101,6 +101,17 @@ def test_a_calibration_of_another_model_is_refused() -> None:
         ServerSpec.from_names(model="llama3_8b", gpu="l4_24gb", latency="llama2_7b_l4")
 
 
+def test_a_calibration_of_another_device_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sim.engine.server_spec._say_other_device.cache_clear()
+    for _ in range(2):
+        ServerSpec.from_names(model="llama2_7b", gpu="h100_80gb", latency="llama2_7b_a100_trtllm")
+    assert capsys.readouterr().err == (
+        "latency: llama2_7b_a100_trtllm has the times of a100_80gb, and memory is that of gpu=h100_80gb\n"
+    )
+    ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb", latency="llama2_7b_a100_trtllm")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_calibration_measured_here_is_chosen_before_a_shipped_one_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
