@@ -171,7 +171,7 @@ def test_each_window_is_predicted_in_each_round_at_the_speed_measured_then(setti
         )
         for one in content["rounds"]
     }
-    assert len({one["slowdown"] for one in predictions.values()}) == 4  # each measured by itself
+    assert len({one["slowdown"] for one in predictions.values()}) == 4  # two windows in two rounds
     for (number, window), one in predictions.items():
         config = OmegaConf.load(runs / f"round{number}" / window / "real" / window / "low" / "hw0" / "config.yaml")
         assert config.slowdown == one["slowdown"]
