@@ -2,10 +2,10 @@
 
     python -m hw.loop
 
-In each round, one window after the other is predicted and served: reference runs measure the machine's speed, the
-window is simulated under every policy at that speed, and the predictions are written to a file whose SHA-256 goes into
-the results. Only then the judged runs of the window start. The speed of a shared machine moves within minutes, so a
-window is served right after it was predicted.
+In each round, every window is served under every policy. Right before each of these judged runs, reference runs
+measure the machine's speed, the window is simulated under the policy at that speed, and the prediction is written to a
+file whose SHA-256 goes into the results: the speed of a shared machine moves within minutes. On a machine of steady
+speed, reference runs can be for a whole window under all policies (``predict_each=window``).
 
 Modules:
 

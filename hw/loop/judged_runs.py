@@ -76,8 +76,19 @@ class RealServer:
 
 
 def precisions_of(cfg: DictConfig) -> tuple[int, ...]:
-    """Return the precisions of weights at which the reference runs serve: those with prices, the highest first."""
-    return tuple(sorted(server_spec(cfg).priced().bits, reverse=True))
+    """Return the precisions of weights at which the reference runs serve, the highest first.
+
+    Raises:
+        ConfigError: if ``reference_bits`` names one without prices, or leaves out the highest, which sets the slowdown.
+    """
+    priced = sorted(server_spec(cfg).priced().bits, reverse=True)
+    chosen = sorted(set(cfg.reference_bits or priced), reverse=True)
+    if not set(chosen) <= set(priced) or chosen[0] != priced[0]:
+        raise ConfigError(
+            f"reference_bits is {list(cfg.reference_bits)}; it must hold {priced[0]}, and nothing but precisions that "
+            f"the calibration has: {', '.join(map(str, priced))}"
+        )
+    return tuple(chosen)
 
 
 def measured_speed(cfg: DictConfig, folder: Path, real: RealServer) -> MachineSpeed:

@@ -35,28 +35,42 @@ def page(content: Mapping[str, Any]) -> str:
         slower=[run["slower"] for by in content["real"].values() for runs in by.values() for run in runs],
         requests=[int(n["requests"]) for one in rounds for n in one["predictions"]["windows"].values()],
         number_of_rounds=len({one["round"] for one in rounds}),
+        each_run=len({(one["round"], one["window"]) for one in rounds}) < len(rounds),
     )
 
 
 def _rounds_table(content: Mapping[str, Any]) -> str:
     """Return when each window was predicted in each round, and how fast the machine was before and during its runs."""
     numbers = sorted({one["round"] for one in content["rounds"]})
-    rows, repeats = [], content["repeats"] // len(numbers)
+    repeats = content["repeats"] // len(numbers)
+    batches: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for one in content["rounds"]:
-        predictions, first = one["predictions"], numbers.index(one["round"]) * repeats
-        runs = [run for each in content["real"][one["window"]].values() for run in each[first : first + repeats]]
+        batches.setdefault((one["round"], one["window"]), []).append(one)
+    rows = []
+    for (number, window), found in batches.items():
+        first = numbers.index(number) * repeats
+        runs = [run for each in content["real"][window].values() for run in each[first : first + repeats]]
         rows.append(
             {
-                "round": str(one["round"]),
-                "window": one["window"],
-                "predictions written": predictions["provenance"]["written_at"][:19],
-                "SHA-256": f"`{predictions['sha256'][:12]}`",
-                "slowdown": predictions["slowdown"],
-                **{f"{bits} bits": float(np.mean(found)) for bits, found in one["measured"].items()},
+                "round": str(number),
+                "window": window,
+                "predictions written": _from_to([one["predictions"]["provenance"]["written_at"] for one in found]),
+                "SHA-256": ", ".join(f"`{one['predictions']['sha256'][:8]}`" for one in found),
+                "slowdown": float(np.mean([one["predictions"]["slowdown"] for one in found])),
+                **{
+                    f"{bits} bits": float(np.mean([ratio for one in found for ratio in one["measured"][bits]]))
+                    for bits in found[0]["measured"]
+                },
                 "runs after it": ", ".join(f"{run['slower']:.2f}" for run in runs),
             }
         )
     return table(rows, {"slowdown": ".2f", "16 bits": ".2f", "8 bits": ".2f", "4 bits": ".2f"}, left=4)
+
+
+def _from_to(times: Sequence[str]) -> str:
+    """Return the first of some times, and the time of day of the last if there are more."""
+    first, last = min(times)[:19], max(times)[:19]
+    return first if first == last else f"{first} to {last[11:]}"
 
 
 def _policies_table(content: Mapping[str, Any]) -> str:
@@ -64,12 +78,13 @@ def _policies_table(content: Mapping[str, Any]) -> str:
     real, rows = content["real"], []
     predicted = [(one["window"], one["predictions"]) for one in content["rounds"]]
     for policy in next(iter(real.values())):
-        ours = [one["outcomes"][window][policy] for window, one in predicted]
+        mine = [(window, one) for window, one in predicted if policy in one["outcomes"][window]]
+        ours = [one["outcomes"][window][policy] for window, one in mine]
         theirs = [one for by in real.values() for one in by[policy]]
         rows.append(
             {
                 "policy": policy,
-                "utility, simulated": float(np.mean([predicted_utility(one, w, policy) for w, one in predicted])),
+                "utility, simulated": float(np.mean([predicted_utility(one, w, policy) for w, one in mine])),
                 "utility, real": float(np.mean([one["utility"] for one in theirs])),
                 "SLO, simulated": float(np.mean([one["slo_attainment"] for one in ours])),
                 "SLO, real": float(np.mean([one["slo_attainment"] for one in theirs])),

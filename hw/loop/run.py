@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 
 from hw.engine.hw_engine import check_gpu
 from hw.loop.judged_runs import (
@@ -21,6 +19,7 @@ from hw.loop.judged_runs import (
     complete_repeats,
     measured_speed,
     missing_runs,
+    precisions_of,
     real_outcomes,
     run_folder,
     run_missing,
@@ -38,7 +37,7 @@ from hw.loop.predictions import (
     priced_for,
     read_predictions,
 )
-from hw.loop.settings import check_settings, check_windows, description, of_window, results_folder
+from hw.loop.settings import batches_of, check_settings, check_windows, description, results_folder
 from hw.loop.verdict import judge, levels
 from hw.validate.machine_speed import factors_by_precision, without_passes
 from sim.config import build, one_thread, run_command
@@ -60,11 +59,11 @@ def main() -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """A window once: the machine's speed, the predictions at it, and the real runs right after them.
+class Batch:
+    """A window under one policy or all: the machine's speed, the predictions at it, and the real runs right after them.
 
-    number: from 1 on. cfg: of this window alone. folder: of its runs. predictions: content of its file.
-    real: policy -> figures of each judged run.
+    number: of the round, from 1 on. cfg: of this window and these policies. folder: of the runs. predictions: content
+    of its file. real: policy -> figures of each judged run.
     """
 
     number: int
@@ -78,11 +77,6 @@ class Round:
         """The label of the window."""
         return str(next(iter(self.cfg.windows)))
 
-    @property
-    def repeats(self) -> int:
-        """How often each policy served the window."""
-        return min(map(len, self.real.values()))
-
 
 def _loop(cfg: DictConfig) -> int:
     check_settings(cfg)
@@ -93,37 +87,36 @@ def _loop(cfg: DictConfig) -> int:
         content = read_json_object(out / RESULT, ConfigError, "run python -m hw.loop")
         return _written(content, out, console)
     check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
-    real, rounds = RealServer(cfg), []
-    for number in range(1, (1 if cfg.page == "predict" else cfg.rounds) + 1):
-        order = list(map(str, cfg.windows))
-        random.Random(f"{cfg.seed} {number}").shuffle(order)
-        for window in order:
-            folder = Path(cfg.runs) / f"round{number}" / window
+    if cfg.measure:
+        precisions_of(cfg)
+    real, batches = RealServer(cfg), []
+    for number in range(cfg.first_round, (cfg.first_round if cfg.page == "predict" else cfg.rounds) + 1):
+        for one, folder in batches_of(cfg, number):
             if cfg.page != "judge" or (folder / PREDICTIONS).is_file():
-                rounds.append(_round(of_window(cfg, window), number, folder, real, console))
-    if cfg.page == "predict":
+                batches.append(_batch(one, number, folder, real, console))
+    if cfg.page in ("predict", "serve"):
         return 0
-    content = judged(cfg, rounds)
+    content = judged(cfg, batches)
     write_json(out / RESULT, content)
     return _written(content, out, console)
 
 
-def _round(cfg: DictConfig, number: int, folder: Path, real: RealServer, console: Console) -> Round:
-    """Predict a window and serve it, unless that was done; return what there is."""
+def _batch(cfg: DictConfig, number: int, folder: Path, real: RealServer, console: Console) -> Batch:
+    """Predict a batch and serve it, unless that was done; return what there is."""
     predictions = _predictions(cfg, folder, real)
     slowdown = float(predictions["slowdown"])
     if missing_runs(cfg, folder):
         _show_predictions(predictions, number, console)
-        if cfg.page == "also":
+        if cfg.page in ("also", "serve"):
             note_judged(folder, predictions)
             priced = priced_for(cfg, folder, machine_of(predictions, folder))
             run_missing(priced, folder, slowdown, real, lambda line: console.print(line, highlight=False))
     (by_policy,) = real_outcomes(cfg, folder, slowdown, complete_repeats(cfg, folder)).values()
-    return Round(number=number, cfg=cfg, folder=folder, predictions=predictions, real=by_policy)
+    return Batch(number=number, cfg=cfg, folder=folder, predictions=predictions, real=by_policy)
 
 
 def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, Any]:
-    """Return the predictions of a round, after making them if there are none.
+    """Return the predictions of a batch, after making them if there are none.
 
     Raises:
         ConfigError: if they were made with other settings, if they were changed after the first judged run, or if there
@@ -139,24 +132,28 @@ def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, A
     return predict(cfg, folder, measured_speed(cfg, folder, real) if cfg.measure else None)
 
 
-def judged(cfg: DictConfig, rounds: Sequence[Round]) -> dict[str, Any]:
-    """Return the content of the results file, from the rounds in which every window was served.
+def judged(cfg: DictConfig, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Return the content of the results file, from the rounds in which every window was served under every policy.
 
     Raises:
         ConfigError: if there is no such round.
     """
     windows, policies = list(map(str, cfg.windows)), list(map(str, cfg.policies))
-    served = {(one.number, one.window): one.repeats for one in rounds}
-    numbers = [n for n in range(1, cfg.rounds + 1) if all(served.get((n, w), 0) == cfg.repeats for w in windows)]
+    served = {(one.number, one.window, policy): len(runs) for one in batches for policy, runs in one.real.items()}
+    numbers = [
+        number
+        for number in range(cfg.first_round, cfg.rounds + 1)
+        if all(served.get((number, w, p), 0) == cfg.repeats for w in windows for p in policies)
+    ]
     if not numbers:
         raise ConfigError(
             f"{cfg.runs} has no round in which every window and policy was served; run without page=judge"
         )
-    kept = sorted((one for one in rounds if one.number in numbers), key=lambda one: one.number)
-    of = {w: [one for one in kept if one.window == w] for w in windows}
-    real = {w: {p: [run for one in of[w] for run in one.real[p]] for p in policies} for w in windows}
+    kept = sorted((one for one in batches if one.number in numbers), key=lambda one: one.number)
+    of = {(w, p): [one for one in kept if one.window == w and p in one.real] for w in windows for p in policies}
+    real = {w: {p: [run for one in of[w, p] for run in one.real[p]] for p in policies} for w in windows}
     simulated = {
-        p: np.array([np.mean([predicted_utility(one.predictions, w, p) for one in of[w]]) for w in windows])
+        p: np.array([np.mean([predicted_utility(one.predictions, w, p) for one in of[w, p]]) for w in windows])
         for p in policies
     }
     reached = {p: np.array([[run["utility"] for run in real[w][p]] for w in windows]) for p in policies}
@@ -174,46 +171,43 @@ def judged(cfg: DictConfig, rounds: Sequence[Round]) -> dict[str, Any]:
         learner=cfg.learner,
         changes=changes,
         least_changes=float(cfg.least_changes),
-        ranges={p: [_at_speeds(of[w], w, p) for w in windows] for p in policies} if ranged else None,
+        ranges={p: [_at_speeds(of[w, p], w, p) for w in windows] for p in policies} if ranged else None,
     )
     return {
         "provenance": provenance(cfg.seed),
-        "rounds": [_round_content(one) for one in kept],
+        "rounds": [_batch_content(one) for one in kept],
         "settings": description(cfg),
         "repeats": len(numbers) * int(cfg.repeats),
         "note": str(cfg.note),
         "real": real,
-        "device": _device(run_folder(kept[0].folder, kept[0].window, policies[0], 0)),
+        "device": _device(run_folder(kept[0].folder, kept[0].window, next(iter(kept[0].real)), 0)),
         "verdict": verdict,
-        "hindsight": _hindsight_cells(of, reached, float(cfg.points)) if ranged else None,
+        "hindsight": _hindsight_cells(kept, windows, reached, float(cfg.points)) if ranged else None,
     }
 
 
-def _at_speeds(rounds: Sequence[Round], window: str, policy: str) -> list[float]:
+def _at_speeds(batches: Sequence[Batch], window: str, policy: str) -> list[float]:
     """Return the utilities predicted at the speeds of single reference runs, of all rounds of a window."""
-    return [utility for one in rounds for utility in one.predictions["utility_at_run_speeds"][window][policy]]
+    return [utility for one in batches for utility in one.predictions["utility_at_run_speeds"][window][policy]]
 
 
 def _hindsight_cells(
-    of: Mapping[str, Sequence[Round]], reached: Mapping[str, Floats], points: float
+    batches: Sequence[Batch], windows: Sequence[str], reached: Mapping[str, Floats], points: float
 ) -> list[dict[str, Any]]:
     """Return the cells of the level with the machine as fast as it was during each judged run."""
-    known: dict[str, list[float]] = {policy: [] for policy in reached}
-    every = [(window, one) for window, rounds in of.items() for one in rounds]
-    found: dict[str, list[dict[str, list[float]]]] = {}
-    with progress("simulating at the speeds of the judged runs", len(every), "windows") as report:
-        for number, (window, one) in enumerate(every, start=1):
+    found: dict[tuple[str, str], list[float]] = {}
+    with progress("simulating at the speeds of the judged runs", len(batches), "predictions") as report:
+        for number, one in enumerate(batches, start=1):
             slower = {policy: [run["slower"] for run in runs] for policy, runs in one.real.items()}
-            found.setdefault(window, []).append(in_hindsight(one.cfg, one.predictions, one.folder, slower))
+            for policy, utilities in in_hindsight(one.cfg, one.predictions, one.folder, slower).items():
+                found.setdefault((one.window, policy), []).extend(utilities)
             report(number)
-    for policy, utilities in known.items():
-        for window in of:
-            utilities.append(float(np.mean([utility for one in found[window] for utility in one[policy]])))
-    return levels({p: np.array(utilities) for p, utilities in known.items()}, reached, list(of), points)
+    known = {policy: np.array([np.mean(found[window, policy]) for window in windows]) for policy in reached}
+    return levels(known, reached, windows, points)
 
 
-def _round_content(one: Round) -> dict[str, Any]:
-    """Return what the results file has of a round."""
+def _batch_content(one: Batch) -> dict[str, Any]:
+    """Return what the results file has of a batch."""
     kept = {key: value for key, value in one.predictions.items() if key != "description"}
     references = [without_passes(reference) for reference in one.predictions["references"]]
     return {
@@ -260,20 +254,14 @@ def _written(content: Mapping[str, Any], out: Path, console: Console) -> int:
 
 
 def _show_predictions(predictions: Mapping[str, Any], number: int, console: Console) -> None:
-    """Print the predicted utilities of a round, with plan changes a minute."""
-    outcomes = predictions["outcomes"]
-    policies = list(next(iter(outcomes.values())))
-    slowdown = float(predictions["slowdown"])
-    shown = Table(title=f"round {number}: predicted utility (plan changes a minute), slowdown {slowdown:.3f}")
-    shown.add_column("window")
-    for policy in policies:
-        shown.add_column(policy, justify="right")
-    utilities = {w: {p: predicted_utility(predictions, w, p) for p in policies} for w in outcomes}
-    for window, by in outcomes.items():
-        named = f"{window}: {predictions['windows'][window]['requests']:.0f}"
-        cells = (f"{utilities[window][p]:.4f} ({by[p]['changes_per_minute']:.0f})" for p in policies)
-        shown.add_row(named, *cells)
-    means = [float(np.mean([each[p] for each in utilities.values()])) for p in policies]
-    shown.add_row("mean", *(f"{mean:.4f}" for mean in means))
-    console.print(shown)
+    """Print the predicted utilities of a batch, with plan changes a minute."""
+    for window, by in predictions["outcomes"].items():
+        for policy, one in by.items():
+            console.print(
+                f"round {number}, {window}, {policy}: {predictions['windows'][window]['requests']:.0f} requests, "
+                f"predicted {predicted_utility(predictions, window, policy):.4f} "
+                f"({one['changes_per_minute']:.0f} changes a minute), slowdown {predictions['slowdown']:.3f}",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print(f"predictions: SHA-256 {predictions['sha256']}", highlight=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from sim.errors import ConfigError, nearest
 from sim.replay.run import build_trace
 from sim.traces.transforms import scale_rate
 
-PAGES = ("also", "predict", "judge", "only")
+PAGES = ("also", "predict", "serve", "judge", "only")
+EACH = ("run", "window")
 
 
 @dataclass(kw_only=True)
@@ -31,10 +33,13 @@ class LoopConfig(HwReplayConfig):
     learner: label of the policy that must not be below the best rule; null for none.
     fixed: labels of policies that never change the plan; the other ones must.
     rounds: how often each window is predicted, at the speed that reference runs measure then, and served right after.
-    repeats: real runs of each policy in a round of a window.
+        first_round: from which on; with others before it, a second process can serve into the same folder.
+    predict_each: what is predicted at once, and served right after: a single ``run`` (a window under one policy), or a
+        whole ``window`` under all policies, which needs fewer reference runs and a machine of steady speed.
+    repeats: real runs of each policy after a prediction.
     measure: whether reference runs measure the speed of the machine; false takes ``slowdown``. There are ``references``
-        of them at each precision that the calibration has, because the machine may be slower at one than at another,
-        with arrivals for ``reference_s`` seconds.
+        of them at each of ``reference_bits``, because the machine may be slower at one precision than at another, with
+        arrivals for ``reference_s`` seconds. No bits: all those that the calibration has.
     ranges: whether each window is also simulated with a machine as fast as in each single reference run; the predicted
         utility is then the mean of these, with a range. After the judged runs, each is simulated once more with a
         machine as fast as it was during the run; no claim depends on these.
@@ -43,7 +48,8 @@ class LoopConfig(HwReplayConfig):
     runs: the folder of run folders. out: where results go.
     note: what else a reader of the page has to know about the runs, such as what the machine did meanwhile.
     page: also (run what is missing, judge, write the page), predict (only write and show the predictions of the first
-        round), judge (run nothing), or only (write the page again from the results).
+        round), serve (run what is missing, and judge nothing yet), judge (run nothing), or only (write the page again
+        from the results).
     """
 
     windows: dict[str, Any] = field(default_factory=dict)
@@ -51,10 +57,13 @@ class LoopConfig(HwReplayConfig):
     learner: str | None = None
     fixed: list[str] = field(default_factory=list)
     rounds: int = 3
+    first_round: int = 1
+    predict_each: str = "run"
     repeats: int = 1
     measure: bool = True
     references: int = 4
     reference_s: float = 8.0
+    reference_bits: list[int] = field(default_factory=list)
     ranges: bool = True
     least_requests: int = 150
     least_changes: float = 20.0
@@ -72,10 +81,13 @@ OWN_KEYS = (
     "learner",
     "fixed",
     "rounds",
+    "first_round",
+    "predict_each",
     "repeats",
     "measure",
     "references",
     "reference_s",
+    "reference_bits",
     "ranges",
     "least_requests",
     "least_changes",
@@ -87,7 +99,8 @@ OWN_KEYS = (
 )
 """Keys of the loop itself, which the configuration of a run lacks."""
 NO_PREDICTION = (
-    *("rounds", "repeats", "references", "reference_s", "ranges", "runs", "out", "note", "page"),
+    *("rounds", "first_round", "predict_each", "repeats", "references", "reference_s", "reference_bits", "ranges"),
+    *("runs", "out", "note", "page"),
     *("slowdown", "measure", "points", "plot", "label", "tags"),
 )
 """Keys on which predictions do not depend; the slowdown stands in them."""
@@ -101,6 +114,8 @@ def check_settings(cfg: DictConfig) -> None:
     """
     if cfg.page not in PAGES:
         raise ConfigError(f"page is {cfg.page!r}; {nearest(cfg.page, PAGES)}")
+    if cfg.predict_each not in EACH:
+        raise ConfigError(f"predict_each is {cfg.predict_each!r}; {nearest(cfg.predict_each, EACH)}")
     if not cfg.windows or len(cfg.policies) < 2:
         raise ConfigError(
             f"there are {len(cfg.windows)} windows and {len(cfg.policies)} policies; name at least one window and two "
@@ -109,6 +124,8 @@ def check_settings(cfg: DictConfig) -> None:
     for key, least in (("rounds", 1), ("repeats", 1), ("references", 1), ("least_requests", 1)):
         if cfg[key] < least:
             raise ConfigError(f"{key} is {cfg[key]}; it must be at least {least}")
+    if not 1 <= cfg.first_round <= cfg.rounds:
+        raise ConfigError(f"first_round is {cfg.first_round}; it must be from 1 to the number of rounds, {cfg.rounds}")
     if not 0 < cfg.reference_s < math.inf:
         raise ConfigError(f"reference_s is {cfg.reference_s}; it must be a number of seconds above 0, such as 8")
     if not 0 <= cfg.points <= 1 or not cfg.least_changes >= 0:
@@ -121,11 +138,32 @@ def check_settings(cfg: DictConfig) -> None:
                 raise ConfigError(f"{key}: there is no policy {label!r}; {nearest(label, map(str, cfg.policies))}")
 
 
-def of_window(cfg: DictConfig, window: str) -> DictConfig:
-    """Return the configuration with a single one of its windows."""
+def batches_of(cfg: DictConfig, number: int) -> list[tuple[DictConfig, Path]]:
+    """Return what is predicted at once, and served right after, in the order of a round.
+
+    One window comes after the other, in random order; so do the policies of a window if each run is predicted.
+
+    Returns:
+        The configuration with a single window, and all policies or one, and the folder of its runs.
+    """
+    rng = random.Random(f"{cfg.seed} {number}")
+    windows, found = list(map(str, cfg.windows)), []
+    rng.shuffle(windows)
+    for window in windows:
+        folder, policies = Path(cfg.runs) / f"round{number}" / window, list(map(str, cfg.policies))
+        if cfg.predict_each == "window":
+            found.append((_batch(cfg, window, policies), folder))
+            continue
+        rng.shuffle(policies)
+        found += [(_batch(cfg, window, [policy]), folder / policy) for policy in policies]
+    return found
+
+
+def _batch(cfg: DictConfig, window: str, policies: Sequence[str]) -> DictConfig:
     one = cfg.copy()
     with open_dict(one):
         one.windows = {window: cfg.windows[window]}
+        one.policies = {policy: cfg.policies[policy] for policy in policies}
     return one
 
 

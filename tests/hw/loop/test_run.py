@@ -54,6 +54,7 @@ def settings(tmp_path: Path) -> list[str]:
         "fixed=[dense]",
         "references=1",
         "rounds=1",
+        "predict_each=window",
         "repeats=2",
         "least_requests=10",
         "measure=false",
@@ -185,11 +186,50 @@ def test_each_window_is_predicted_in_each_round_at_the_speed_measured_then(setti
         assert row["repeats"] == [run["utility"] for run in content["real"][row["window"]][row["policy"]]]
         assert len(row["repeats"]) == 2
     text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
-    assert all(one["predictions"]["sha256"][:12] in text for one in content["rounds"])
+    assert all(one["predictions"]["sha256"][:8] in text for one in content["rounds"])
     (runs / "round1" / "two" / "real" / "two" / "low" / "hw0" / "summary.json").unlink()
     assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
     assert result(tmp_path)["repeats"] == 1  # the first round lacks a run
     assert {one["round"] for one in result(tmp_path)["rounds"]} == {2}
+
+
+def test_each_run_is_predicted_right_before_it_and_two_processes_may_share_the_rounds(
+    settings: list[str], tmp_path: Path
+) -> None:
+    more = [*settings, "measure=true", "predict_each=run", "reference_bits=[16, 4]", "repeats=1", "rounds=2"]
+    runs = tmp_path / "runs"
+    assert _loop(compose_config("hw_loop", [*more, "first_round=2", "page=serve"])) == 0
+    assert not (tmp_path / "out").exists()
+    assert {path.parts[-4] for path in runs.glob("*/*/*/predictions.json")} == {"round2"}
+    assert _loop(compose_config("hw_loop", [*more, "rounds=1", "page=serve"])) == 0
+    assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
+    content = result(tmp_path)
+    assert content["repeats"] == 2
+    assert [one["round"] for one in content["rounds"]] == [1, 1, 2, 2]
+    assert len({one["predictions"]["slowdown"] for one in content["rounds"]}) == 4  # each run has its own
+    text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+    for one in content["rounds"]:
+        ((policy, _),) = one["predictions"]["outcomes"]["one"].items()
+        folder = runs / f"round{one['round']}" / "one" / policy
+        assert one["predictions"]["sha256"] == hashlib.sha256((folder / "predictions.json").read_bytes()).hexdigest()
+        assert one["predictions"]["sha256"][:8] in text
+        assert [each["bits"] for each in one["predictions"]["references"]] == [16, 4]
+        config = OmegaConf.load(folder / "real" / "one" / policy / "hw0" / "config.yaml")
+        assert config.slowdown == one["predictions"]["slowdown"]
+        assert config.latency == str(folder / "calibration.json")
+    for row in content["verdict"]["level"]["cells"]:
+        each = [
+            predicted_utility(one["predictions"], "one", row["policy"])
+            for one in content["rounds"]
+            if row["policy"] in one["predictions"]["outcomes"]["one"]
+        ]
+        assert row["simulated"] == pytest.approx(sum(each) / 2)
+        assert row["repeats"] == [run["utility"] for run in content["real"]["one"][row["policy"]]]
+    assert "Each of these runs has predictions of its own" in text
+    # A round in which one policy is missing does not count.
+    (runs / "round2" / "one" / "low" / "real" / "one" / "low" / "hw0" / "summary.json").unlink()
+    assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
+    assert {one["round"] for one in result(tmp_path)["rounds"]} == {1}
 
 
 def test_windows_are_simulated_again_at_the_speed_of_each_judged_run(settings: list[str], tmp_path: Path) -> None:
@@ -240,6 +280,10 @@ def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str
         (["least_requests=1000"], "least_requests is 1000"),
         (["page=judge"], "has no round in which every window"),
         (["rounds=0"], "rounds is 0"),
+        (["first_round=2"], "first_round is 2; it must be from 1 to the number of rounds, 1"),
+        (["predict_each=policy"], "predict_each is 'policy'"),
+        (["measure=true", "reference_bits=[8, 4]"], r"reference_bits is \[8, 4\]; it must hold 16"),
+        (["measure=true", "reference_bits=[16, 3]"], "nothing but precisions that the calibration has: 16, 8, 4"),
         (["reference_s=0"], "reference_s is 0"),
         (["policies.low.policy=unknown"], "there is no policy=unknown"),
     ],
