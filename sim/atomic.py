@@ -57,7 +57,9 @@ def errors_name(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path, complete: Collection[str] = ()) -> Iterator[None]:
+def sole_writer(
+    folder: Path, complete: Collection[str] = (), *, instead: str = "choose another folder: hydra.run.dir=FOLDER"
+) -> Iterator[None]:
     """Let one process at a time write into a folder, and none into one that is complete.
 
     The lock ends with the process, even if that is killed.
@@ -65,6 +67,7 @@ def sole_writer(folder: Path, complete: Collection[str] = ()) -> Iterator[None]:
     Args:
         folder: made if it is missing.
         complete: names of files that only a complete folder has.
+        instead: what a user can do while another process writes there.
     Raises:
         ConfigError: if another process writes there, or one of the files exists.
     """
@@ -72,7 +75,7 @@ def sole_writer(folder: Path, complete: Collection[str] = ()) -> Iterator[None]:
     path = folder / ".lock"
     with path.open("a") as lock:
         if not _lock(lock) or os.fstat(lock.fileno()).st_nlink == 0:  # 0: its holder has just removed it
-            raise ConfigError(f"another process is writing into {folder}; choose another folder: hydra.run.dir=FOLDER")
+            raise ConfigError(f"another process is writing into {folder}; {instead}")
         try:
             for name in complete:
                 if (folder / name).exists():

@@ -1,14 +1,15 @@
-"""The judged runs: every window under every policy on the real model, several times, in random order."""
+"""The reference runs and the judged runs of a part of a round, on the real model."""
 
 from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hw.calibrate.engine_runs import Load, load_of
 from hw.checkup.policies import serve
@@ -108,7 +109,7 @@ def run_folder(folder: Path, window: str, policy: str, repeat: int) -> Path:
 
 
 def missing_runs(cfg: DictConfig, folder: Path) -> list[tuple[str, str, int]]:
-    """Return the judged runs that a round lacks: one repeat after the other, each in its own random order."""
+    """Return the judged runs that a part lacks: one repeat after the other, each in its own random order."""
     todo: list[tuple[str, str, int]] = []
     for repeat in range(cfg.repeats):
         jobs = [(window, policy, repeat) for window, policy in cells(cfg)]
@@ -119,7 +120,7 @@ def missing_runs(cfg: DictConfig, folder: Path) -> list[tuple[str, str, int]]:
 
 
 def complete_repeats(cfg: DictConfig, folder: Path) -> list[int]:
-    """Return the repeats of a round in which every window was served under every policy."""
+    """Return the repeats of a part in which every policy was served."""
     missing = {repeat for _, _, repeat in missing_runs(cfg, folder)}
     return [repeat for repeat in range(cfg.repeats) if repeat not in missing]
 
@@ -137,18 +138,41 @@ def run_missing(cfg: DictConfig, folder: Path, slowdown: float, real: RealServer
 
 
 def real_outcomes(
-    cfg: DictConfig, folder: Path, slowdown: float, repeats: Sequence[int]
+    cfg: DictConfig, folder: Path, predictions: Mapping[str, Any], repeats: Sequence[int]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Return window -> policy -> figures of the judged runs of a round, one for each of these repeats.
+    """Return window -> policy -> figures of the judged runs of a part, one for each of these repeats.
 
-    ``slower`` is how much longer the passes of a run took than the predictions of its round say.
+    ``slower`` is how much longer the passes of a run took than predicted.
+
+    Raises:
+        ConfigError: for a run that was not served for these predictions, or before they were written.
     """
+    slowdown = float(predictions["slowdown"])
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for window, policy in cells(cfg):
         one = run_config(cfg, window, policy, slowdown)
         runs = [run_folder(folder, window, policy, repeat) for repeat in repeats]
+        for at in runs:
+            _check_after(at, predictions)
         found.setdefault(window, {})[policy] = [outcome(at, one) | {"slower": _slower(at, slowdown)} for at in runs]
     return found
+
+
+def _check_after(run: Path, predictions: Mapping[str, Any]) -> None:
+    """Check that a run was served at the speed of the predictions, after they were written."""
+    slowdown = float(OmegaConf.load(run / "config.yaml").slowdown)
+    began = read_json_object(run / "provenance.json", ConfigError, "serve again in another folder, runs=FOLDER")
+    predicted_at, began_at = predictions["provenance"]["written_at"], began["written_at"]
+    if slowdown != float(predictions["slowdown"]):
+        raise ConfigError(
+            f"{run} was served at a slowdown of {slowdown:g}, but its predictions are for {predictions['slowdown']:g}; "
+            "predict and serve again in another folder, runs=FOLDER"
+        )
+    if datetime.fromisoformat(began_at) < datetime.fromisoformat(predicted_at):
+        raise ConfigError(
+            f"{run} began at {began_at}, before its predictions were written at {predicted_at}; predict and serve "
+            "again in another folder, runs=FOLDER"
+        )
 
 
 def _slower(run: Path, slowdown: float) -> float:

@@ -29,6 +29,8 @@ def page(content: Mapping[str, Any]) -> str:
         cells=_cells_table(content),
         hindsight=_hindsight(content),
         pairs=_pairs_table(verdict),
+        changes=_changes(content),
+        within=sum(abs(row["error"]) <= verdict["level"]["points"] for row in verdict["level"]["cells"]),
         missed=[row for row in verdict["level"]["cells"] if not row["holds"]],
         ranged=[row["in_range"] for row in verdict["level"]["cells"] if "in_range" in row],
         run_speeds=[speed for one in rounds for speed in one["predictions"]["run_speeds"]],
@@ -43,11 +45,13 @@ def _rounds_table(content: Mapping[str, Any]) -> str:
     """Return when each window was predicted in each round, and how fast the machine was before and during its runs."""
     numbers = sorted({one["round"] for one in content["rounds"]})
     repeats = content["repeats"] // len(numbers)
-    batches: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    order = {policy: at for at, policy in enumerate(next(iter(content["real"].values())))}
+    parts: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for one in content["rounds"]:
-        batches.setdefault((one["round"], one["window"]), []).append(one)
+        parts.setdefault((one["round"], one["window"]), []).append(one)
     rows = []
-    for (number, window), found in batches.items():
+    for (number, window), served in parts.items():
+        found = sorted(served, key=lambda one: order[next(iter(one["predictions"]["outcomes"][one["window"]]))])
         first = numbers.index(number) * repeats
         runs = [run for each in content["real"][window].values() for run in each[first : first + repeats]]
         rows.append(
@@ -68,9 +72,11 @@ def _rounds_table(content: Mapping[str, Any]) -> str:
 
 
 def _from_to(times: Sequence[str]) -> str:
-    """Return the first of some times, and the time of day of the last if there are more."""
+    """Return the first of some times, and the last if there are more: without its date if that is the same."""
     first, last = min(times)[:19], max(times)[:19]
-    return first if first == last else f"{first} to {last[11:]}"
+    if first == last:
+        return first
+    return f"{first} to {last[11:] if first[:10] == last[:10] else last}"
 
 
 def _policies_table(content: Mapping[str, Any]) -> str:
@@ -84,6 +90,7 @@ def _policies_table(content: Mapping[str, Any]) -> str:
         rows.append(
             {
                 "policy": policy,
+                "slowdown": float(np.mean([one["slowdown"] for _, one in mine])),
                 "utility, simulated": float(np.mean([predicted_utility(one, w, policy) for w, one in mine])),
                 "utility, real": float(np.mean([one["utility"] for one in theirs])),
                 "SLO, simulated": float(np.mean([one["slo_attainment"] for one in ours])),
@@ -92,8 +99,24 @@ def _policies_table(content: Mapping[str, Any]) -> str:
                 "changes/min, real": float(np.mean([one["changes_per_minute"] for one in theirs])),
             }
         )
-    specs = {"utility, simulated": ".4f", "utility, real": ".4f", "SLO, simulated": ".1%", "SLO, real": ".1%"}
+    specs = {
+        "slowdown": ".2f",
+        "utility, simulated": ".4f",
+        "utility, real": ".4f",
+        "SLO, simulated": ".1%",
+        "SLO, real": ".1%",
+    }
     return table(rows, specs | {"changes/min, simulated": ".1f", "changes/min, real": ".1f"})
+
+
+def _changes(content: Mapping[str, Any]) -> str:
+    """Return how often a minute each policy changed plans on the real engine, and in which window least."""
+    said = []
+    for policy, mean in content["verdict"]["changes"]["per_minute"].items():
+        each = {w: np.mean([run["changes_per_minute"] for run in by[policy]]) for w, by in content["real"].items()}
+        least = min(each, key=each.__getitem__)
+        said.append(f"{policy} {mean:.1f} ({each[least]:.1f} in {least})")
+    return ", ".join(said)
 
 
 def _hindsight(content: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What the simulator says before the judged runs, at the speed that reference runs measured before them."""
+"""What the simulator says of a part of a round before it is served, at the speed that reference runs measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 
 from hw.calibrate.calibration import calibration_content
 from hw.checkup.policies import serve
-from hw.loop.settings import cells, check_windows, description, run_config
+from hw.loop.settings import PREDICTIONS, cells, check_windows, description, run_config
 from hw.validate.compare import read_run
 from hw.validate.machine_speed import MachineFactors, MachineSpeed, machine_factors, run_speeds
 from sim.config import CONF_DIR, with_differences
@@ -26,7 +26,6 @@ from sim.replay.run import build_engine, server_spec
 from sim.results.run_folder import provenance, write_json
 from sim.results.utility import utility
 
-FILE = "predictions.json"
 CALIBRATION = "calibration.json"
 """The calibration with the prices of this machine; it follows from the predictions, and is written again from them."""
 JUDGED_FOR = "judged_for.json"
@@ -35,7 +34,7 @@ JUDGED_FOR = "judged_for.json"
 
 def read_predictions(folder: Path) -> dict[str, Any] | None:
     """Return the predictions of a folder; None if it has none yet."""
-    path = folder / FILE
+    path = folder / PREDICTIONS
     if not path.is_file():
         return None
     found = read_json_object(path, ConfigError, "delete the folder, and predict again")
@@ -56,12 +55,17 @@ def check_unchanged(predictions: Mapping[str, Any], folder: Path) -> None:
     """
     path = folder / JUDGED_FOR
     if not path.is_file():
+        if (folder / "real").exists():
+            raise ConfigError(
+                f"{folder} has judged runs, but no {JUDGED_FOR} that says for which predictions; restore it, or serve "
+                "again in another folder, runs=FOLDER"
+            )
         return
     noted = read_json_object(path, ConfigError, "take another folder, runs=FOLDER").get("predictions_sha256")
     if noted != predictions["sha256"]:
         raise ConfigError(
-            f"{folder / FILE} has SHA-256 {predictions['sha256'][:16]}, but judged runs began for {str(noted)[:16]}: "
-            "it was changed after them; restore it, or predict and serve again in another folder, runs=FOLDER"
+            f"{folder / PREDICTIONS} has SHA-256 {predictions['sha256'][:16]}, but judged runs began for "
+            f"{str(noted)[:16]}: it was changed after them; restore it, or serve again in another folder, runs=FOLDER"
         )
 
 
@@ -108,10 +112,10 @@ def policy_files(cfg: DictConfig) -> dict[str, str]:
 
 
 def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[str, Any]:
-    """Simulate every window under every policy and write the predictions.
+    """Simulate the window under each policy of a part and write the predictions.
 
     Args:
-        folder: of all runs. speed: the reference runs that measured the machine; None if its speed is a setting.
+        cfg, folder: of the part. speed: the reference runs that measured the machine; None if its speed is a setting.
     """
     machine = MachineFactors(slowdown=float(cfg.slowdown)) if speed is None else factors_of(cfg, speed)
     slowdown = machine.slowdown
@@ -143,7 +147,7 @@ def predict(cfg: DictConfig, folder: Path, speed: MachineSpeed | None) -> dict[s
         "utility_at_run_speeds": at_run_speeds(at_speed, slowdown, speeds),
         "description": description(cfg),
     }
-    write_json(folder / FILE, content)
+    write_json(folder / PREDICTIONS, content)
     read = read_predictions(folder)
     assert read is not None
     return read
@@ -197,7 +201,7 @@ def in_hindsight(
     No claim depends on it. It says how much of the errors is due to a machine that became faster or slower.
 
     Args:
-        cfg: as for the predictions, of one window. folder: of the round.
+        cfg, folder: of the part, as for the predictions.
         slower: policy -> for each judged run, how much longer its passes took than predicted.
     Returns:
         Policy -> for each judged run the utility, a mean over speeds as predictions are.
@@ -231,7 +235,7 @@ def machine_of(predictions: Mapping[str, Any], folder: Path) -> MachineFactors:
 
 
 def priced_for(cfg: DictConfig, folder: Path, machine: MachineFactors) -> DictConfig:
-    """Return the configuration with the prices of a machine, which are written into the folder of all runs.
+    """Return the configuration with the prices of a machine, which are written into the folder of the part.
 
     The slowdown is not in them: it is a key of each run. Without factors, the calibration stays as it is.
     """

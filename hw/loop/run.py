@@ -1,10 +1,12 @@
-"""``python -m hw.loop``: in each round predictions first, then the judged runs; at the end the verdict."""
+"""``python -m hw.loop``: predict and serve one part of a round after the other; at the end the verdict."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from hw.engine.hw_engine import check_gpu
 from hw.loop.judged_runs import (
+    BEFORE,
     RealServer,
     complete_repeats,
     measured_speed,
@@ -25,8 +28,8 @@ from hw.loop.judged_runs import (
     run_missing,
 )
 from hw.loop.page import page, plot
-from hw.loop.predictions import FILE as PREDICTIONS
 from hw.loop.predictions import (
+    JUDGED_FOR,
     check_same_settings,
     check_unchanged,
     in_hindsight,
@@ -37,9 +40,18 @@ from hw.loop.predictions import (
     priced_for,
     read_predictions,
 )
-from hw.loop.settings import batches_of, check_settings, check_windows, description, results_folder
+from hw.loop.settings import (
+    PREDICTIONS,
+    check_folder,
+    check_settings,
+    check_windows,
+    description,
+    parts_of,
+    results_folder,
+)
 from hw.loop.verdict import judge, levels
 from hw.validate.machine_speed import factors_by_precision, without_passes
+from sim.atomic import sole_writer
 from sim.config import build, one_thread, run_command
 from sim.errors import ConfigError
 from sim.json_file import read_json_object
@@ -48,6 +60,7 @@ from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 from sim.types import Floats
 
+OTHERS = "serve other rounds (first_round, rounds) meanwhile, or take another folder: runs=FOLDER"
 DEFAULT_OUT = RESULTS / "loop"
 RESULT, PAGE, PLOT = "loop.json", "index.md", "loop.png"
 
@@ -59,7 +72,7 @@ def main() -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Part:
     """A window under one policy or all: the machine's speed, the predictions at it, and the real runs right after them.
 
     number: of the round, from 1 on. cfg: of this window and these policies. folder: of the runs. predictions: content
@@ -89,21 +102,23 @@ def _loop(cfg: DictConfig) -> int:
     check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
     if cfg.measure:
         precisions_of(cfg)
-    real, batches = RealServer(cfg), []
+    real, parts = RealServer(cfg), []
     for number in range(cfg.first_round, (cfg.first_round if cfg.page == "predict" else cfg.rounds) + 1):
-        for one, folder in batches_of(cfg, number):
-            if cfg.page != "judge" or (folder / PREDICTIONS).is_file():
-                batches.append(_batch(one, number, folder, real, console))
+        check_folder(cfg, number)
+        with nullcontext() if cfg.page == "judge" else sole_writer(Path(cfg.runs) / f"round{number}", instead=OTHERS):
+            for one, folder in parts_of(cfg, number):
+                if cfg.page != "judge" or (folder / PREDICTIONS).is_file():
+                    parts.append(_part(one, number, folder, real, console))
     if cfg.page in ("predict", "serve"):
         return 0
-    content = judged(cfg, batches)
+    content = judged(cfg, parts)
     write_json(out / RESULT, content)
     return _written(content, out, console)
 
 
-def _batch(cfg: DictConfig, number: int, folder: Path, real: RealServer, console: Console) -> Batch:
-    """Predict a batch and serve it, unless that was done; return what there is."""
-    predictions = _predictions(cfg, folder, real)
+def _part(cfg: DictConfig, number: int, folder: Path, real: RealServer, console: Console) -> Part:
+    """Predict a part of a round and serve it, unless that was done; return what there is."""
+    predictions = _predictions(cfg, folder, real, console)
     slowdown = float(predictions["slowdown"])
     if missing_runs(cfg, folder):
         _show_predictions(predictions, number, console)
@@ -111,12 +126,14 @@ def _batch(cfg: DictConfig, number: int, folder: Path, real: RealServer, console
             note_judged(folder, predictions)
             priced = priced_for(cfg, folder, machine_of(predictions, folder))
             run_missing(priced, folder, slowdown, real, lambda line: console.print(line, highlight=False))
-    (by_policy,) = real_outcomes(cfg, folder, slowdown, complete_repeats(cfg, folder)).values()
-    return Batch(number=number, cfg=cfg, folder=folder, predictions=predictions, real=by_policy)
+    (by_policy,) = real_outcomes(cfg, folder, predictions, complete_repeats(cfg, folder)).values()
+    return Part(number=number, cfg=cfg, folder=folder, predictions=predictions, real=by_policy)
 
 
-def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, Any]:
-    """Return the predictions of a batch, after making them if there are none.
+def _predictions(cfg: DictConfig, folder: Path, real: RealServer, console: Console) -> dict[str, Any]:
+    """Return the predictions of a part, after making them if there are none.
+
+    Predictions at a measured speed are made again if no judged run began for them: the speed may have changed since.
 
     Raises:
         ConfigError: if they were made with other settings, if they were changed after the first judged run, or if there
@@ -126,20 +143,28 @@ def _predictions(cfg: DictConfig, folder: Path, real: RealServer) -> dict[str, A
     if found is not None:
         check_unchanged(found, folder)
         check_same_settings(found, cfg, folder)
-        return found
-    if (folder / "real").exists():
+        stale = cfg.measure and cfg.page in ("also", "serve") and not (folder / JUDGED_FOR).is_file()
+        if not stale:
+            return found
+        console.print(
+            f"{folder} was predicted at {found['provenance']['written_at']} and not served: it is predicted again",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif (folder / "real").exists():
         raise ConfigError(f"{folder} has judged runs but no predictions that came before them; take another folder")
+    shutil.rmtree(folder / BEFORE, ignore_errors=True)  # of a measurement that did not end, or of another time
     return predict(cfg, folder, measured_speed(cfg, folder, real) if cfg.measure else None)
 
 
-def judged(cfg: DictConfig, batches: Sequence[Batch]) -> dict[str, Any]:
+def judged(cfg: DictConfig, parts: Sequence[Part]) -> dict[str, Any]:
     """Return the content of the results file, from the rounds in which every window was served under every policy.
 
     Raises:
-        ConfigError: if there is no such round.
+        ConfigError: if there is no such round, or if the reference runs of some predictions differ in kind.
     """
     windows, policies = list(map(str, cfg.windows)), list(map(str, cfg.policies))
-    served = {(one.number, one.window, policy): len(runs) for one in batches for policy, runs in one.real.items()}
+    served = {(one.number, one.window, policy): len(runs) for one in parts for policy, runs in one.real.items()}
     numbers = [
         number
         for number in range(cfg.first_round, cfg.rounds + 1)
@@ -149,7 +174,8 @@ def judged(cfg: DictConfig, batches: Sequence[Batch]) -> dict[str, Any]:
         raise ConfigError(
             f"{cfg.runs} has no round in which every window and policy was served; run without page=judge"
         )
-    kept = sorted((one for one in batches if one.number in numbers), key=lambda one: one.number)
+    kept = sorted((one for one in parts if one.number in numbers), key=lambda one: one.number)
+    _check_alike(kept)
     of = {(w, p): [one for one in kept if one.window == w and p in one.real] for w in windows for p in policies}
     real = {w: {p: [run for one in of[w, p] for run in one.real[p]] for p in policies} for w in windows}
     simulated = {
@@ -175,7 +201,9 @@ def judged(cfg: DictConfig, batches: Sequence[Batch]) -> dict[str, Any]:
     )
     return {
         "provenance": provenance(cfg.seed),
-        "rounds": [_batch_content(one) for one in kept],
+        "rounds": [_part_content(one) for one in kept],
+        "left_out": _left_out(Path(cfg.runs), numbers),
+        "commits": sorted({str(one.predictions["provenance"]["commit"]) for one in kept}),
         "settings": description(cfg),
         "repeats": len(numbers) * int(cfg.repeats),
         "note": str(cfg.note),
@@ -186,18 +214,39 @@ def judged(cfg: DictConfig, batches: Sequence[Batch]) -> dict[str, Any]:
     }
 
 
-def _at_speeds(batches: Sequence[Batch], window: str, policy: str) -> list[float]:
+def _check_alike(parts: Sequence[Part]) -> None:
+    """Check that all parts were predicted from the same kind of reference runs, and all with other speeds or none."""
+    kinds = {
+        (tuple(int(one["bits"]) for one in part.predictions["references"]), bool(part.predictions["run_speeds"]))
+        for part in parts
+    }
+    if len(kinds) > 1:
+        raise ConfigError(
+            "some predictions were made with another number of reference runs, other reference_bits, or another value "
+            "of ranges; serve again in another folder, runs=FOLDER"
+        )
+
+
+def _left_out(runs: Path, numbers: Sequence[int]) -> list[int]:
+    """Return the rounds of which some judged run began, but which are not judged."""
+    begun = {
+        int(path.name[5:]) for path in runs.glob("round*") if path.name[5:].isdigit() and any(path.rglob(JUDGED_FOR))
+    }
+    return sorted(begun - set(numbers))
+
+
+def _at_speeds(parts: Sequence[Part], window: str, policy: str) -> list[float]:
     """Return the utilities predicted at the speeds of single reference runs, of all rounds of a window."""
-    return [utility for one in batches for utility in one.predictions["utility_at_run_speeds"][window][policy]]
+    return [utility for one in parts for utility in one.predictions["utility_at_run_speeds"][window][policy]]
 
 
 def _hindsight_cells(
-    batches: Sequence[Batch], windows: Sequence[str], reached: Mapping[str, Floats], points: float
+    parts: Sequence[Part], windows: Sequence[str], reached: Mapping[str, Floats], points: float
 ) -> list[dict[str, Any]]:
     """Return the cells of the level with the machine as fast as it was during each judged run."""
     found: dict[tuple[str, str], list[float]] = {}
-    with progress("simulating at the speeds of the judged runs", len(batches), "predictions") as report:
-        for number, one in enumerate(batches, start=1):
+    with progress("simulating at the speeds of the judged runs", len(parts), "predictions") as report:
+        for number, one in enumerate(parts, start=1):
             slower = {policy: [run["slower"] for run in runs] for policy, runs in one.real.items()}
             for policy, utilities in in_hindsight(one.cfg, one.predictions, one.folder, slower).items():
                 found.setdefault((one.window, policy), []).extend(utilities)
@@ -206,8 +255,8 @@ def _hindsight_cells(
     return levels(known, reached, windows, points)
 
 
-def _batch_content(one: Batch) -> dict[str, Any]:
-    """Return what the results file has of a batch."""
+def _part_content(one: Part) -> dict[str, Any]:
+    """Return what the results file has of a part."""
     kept = {key: value for key, value in one.predictions.items() if key != "description"}
     references = [without_passes(reference) for reference in one.predictions["references"]]
     return {
@@ -237,9 +286,11 @@ def _written(content: Mapping[str, Any], out: Path, console: Console) -> int:
     verdict = content["verdict"]
     order, level = verdict["order"], verdict["level"]
     missed = [row for row in level["cells"] if not row["holds"]]
+    within = sum(abs(row["error"]) <= level["points"] for row in level["cells"])
     lines = [
         f"order: {order['agree']} of {order['beyond_noise']} differences beyond their noise have the predicted sign",
-        f"level: {len(level['cells']) - len(missed)} of {len(level['cells'])} utilities as predicted",
+        f"level: {len(level['cells']) - len(missed)} of {len(level['cells'])} utilities as predicted, "
+        f"{within} of them within the points alone",
         "plan changes a minute: " + ", ".join(f"{k} {v:.1f}" for k, v in verdict["changes"]["per_minute"].items()),
     ]
     if "learner" in verdict:
@@ -254,7 +305,7 @@ def _written(content: Mapping[str, Any], out: Path, console: Console) -> int:
 
 
 def _show_predictions(predictions: Mapping[str, Any], number: int, console: Console) -> None:
-    """Print the predicted utilities of a batch, with plan changes a minute."""
+    """Print the predicted utilities of a part, with plan changes a minute."""
     for window, by in predictions["outcomes"].items():
         for policy, one in by.items():
             console.print(

@@ -20,6 +20,8 @@ from sim.traces.transforms import scale_rate
 
 PAGES = ("also", "predict", "serve", "judge", "only")
 EACH = ("run", "window")
+OWN_FOLDERS = ("before", "sim", "real")
+"""What a folder of predictions and judged runs holds."""
 
 
 @dataclass(kw_only=True)
@@ -32,24 +34,26 @@ class LoopConfig(HwReplayConfig):
     policies: label -> the differences of a policy.
     learner: label of the policy that must not be below the best rule; null for none.
     fixed: labels of policies that never change the plan; the other ones must.
-    rounds: how often each window is predicted, at the speed that reference runs measure then, and served right after.
-        first_round: from which on; with others before it, a second process can serve into the same folder.
-    predict_each: what is predicted at once, and served right after: a single ``run`` (a window under one policy), or a
-        whole ``window`` under all policies, which needs fewer reference runs and a machine of steady speed.
-    repeats: real runs of each policy after a prediction.
+    rounds: number of the last round. In each, every window is served under every policy, right after it was predicted
+        at the speed that reference runs measured. first_round: number of the first one; two processes can serve
+        different rounds into one folder.
+    predict_each: what one prediction covers: ``run``, one window under one policy, or ``window``, one window under all
+        policies, which takes fewer reference runs and is for a machine of steady speed.
+    repeats: real runs of each policy after one prediction.
     measure: whether reference runs measure the speed of the machine; false takes ``slowdown``. There are ``references``
         of them at each of ``reference_bits``, because the machine may be slower at one precision than at another, with
-        arrivals for ``reference_s`` seconds. No bits: all those that the calibration has.
+        arrivals for ``reference_s`` seconds. An empty list means every precision that the calibration has. Blocks at
+        others are priced with the factors of the highest.
     ranges: whether each window is also simulated with a machine as fast as in each single reference run; the predicted
         utility is then the mean of these, with a range. After the judged runs, each is simulated once more with a
         machine as fast as it was during the run; no claim depends on these.
-    least_requests: of a window. least_changes: changes of the weights that run, per minute.
+    least_requests: of a window. least_changes: changes of the weights that run, per minute in which requests arrive.
     points: how far a simulated utility may be from the real one, unless the noise is larger.
     runs: the folder of run folders. out: where results go.
     note: what else a reader of the page has to know about the runs, such as what the machine did meanwhile.
-    page: also (run what is missing, judge, write the page), predict (only write and show the predictions of the first
-        round), serve (run what is missing, and judge nothing yet), judge (run nothing), or only (write the page again
-        from the results).
+    page: also (run what is missing, judge, write the page), predict (only write and show the predictions of
+        ``first_round``), serve (run what is missing, and judge nothing yet), judge (run nothing), or only (write the
+        page again from the results).
     """
 
     windows: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class LoopConfig(HwReplayConfig):
 
 
 ConfigStore.instance().store(name="hw_loop_schema", node=LoopConfig)
+PREDICTIONS = "predictions.json"
 OWN_KEYS = (
     "windows",
     "policies",
@@ -103,7 +108,7 @@ NO_PREDICTION = (
     *("runs", "out", "note", "page"),
     *("slowdown", "measure", "points", "plot", "label", "tags"),
 )
-"""Keys on which predictions do not depend; the slowdown stands in them."""
+"""Keys that are not compared with those of the predictions, in which the slowdown and the reference runs stand."""
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -128,6 +133,12 @@ def check_settings(cfg: DictConfig) -> None:
         raise ConfigError(f"first_round is {cfg.first_round}; it must be from 1 to the number of rounds, {cfg.rounds}")
     if not 0 < cfg.reference_s < math.inf:
         raise ConfigError(f"reference_s is {cfg.reference_s}; it must be a number of seconds above 0, such as 8")
+    for label in (*map(str, cfg.windows), *map(str, cfg.policies)):
+        if not label or label.startswith(".") or "/" in label or label in OWN_FOLDERS:
+            raise ConfigError(
+                f"{label!r} cannot be the label of a window or a policy, because it names a folder; take one that does "
+                f"not begin with a dot, has no slash, and is none of {', '.join(OWN_FOLDERS)}"
+            )
     if not 0 <= cfg.points <= 1 or not cfg.least_changes >= 0:
         raise ConfigError(
             f"points is {cfg.points} and least_changes {cfg.least_changes}; they must be from 0 to 1, and at least 0"
@@ -138,10 +149,10 @@ def check_settings(cfg: DictConfig) -> None:
                 raise ConfigError(f"{key}: there is no policy {label!r}; {nearest(label, map(str, cfg.policies))}")
 
 
-def batches_of(cfg: DictConfig, number: int) -> list[tuple[DictConfig, Path]]:
-    """Return what is predicted at once, and served right after, in the order of a round.
+def parts_of(cfg: DictConfig, number: int) -> list[tuple[DictConfig, Path]]:
+    """Return the parts of a round: what one prediction covers, and is served right after it, in this order.
 
-    One window comes after the other, in random order; so do the policies of a window if each run is predicted.
+    The windows come in random order; with ``predict_each=run`` so do the policies of each window.
 
     Returns:
         The configuration with a single window, and all policies or one, and the folder of its runs.
@@ -152,14 +163,34 @@ def batches_of(cfg: DictConfig, number: int) -> list[tuple[DictConfig, Path]]:
     for window in windows:
         folder, policies = Path(cfg.runs) / f"round{number}" / window, list(map(str, cfg.policies))
         if cfg.predict_each == "window":
-            found.append((_batch(cfg, window, policies), folder))
+            found.append((_part(cfg, window, policies), folder))
             continue
         rng.shuffle(policies)
-        found += [(_batch(cfg, window, [policy]), folder / policy) for policy in policies]
+        found += [(_part(cfg, window, [policy]), folder / policy) for policy in policies]
     return found
 
 
-def _batch(cfg: DictConfig, window: str, policies: Sequence[str]) -> DictConfig:
+def check_folder(cfg: DictConfig, number: int) -> None:
+    """Check that the folder of a round holds no window or policy that this configuration lacks.
+
+    Raises:
+        ConfigError: if it does: a part of what was served says something else than all of it.
+    """
+    folder = Path(cfg.runs) / f"round{number}"
+    for each, pattern in (("window", "*"), ("run", "*/*")):
+        for path in sorted(folder.glob(f"{pattern}/{PREDICTIONS}")):
+            labels = path.parent.relative_to(folder).parts
+            if each != cfg.predict_each:
+                raise ConfigError(f"{path} was made with predict_each={each}; set that, or another folder: runs=FOLDER")
+            for kind, label, known in zip(("windows", "policies"), labels, (cfg.windows, cfg.policies), strict=False):
+                if label not in known:
+                    raise ConfigError(
+                        f"{folder} has runs of {kind}.{label}, which this configuration lacks; add it, because all "
+                        "that was served is judged, or take another folder: runs=FOLDER"
+                    )
+
+
+def _part(cfg: DictConfig, window: str, policies: Sequence[str]) -> DictConfig:
     one = cfg.copy()
     with open_dict(one):
         one.windows = {window: cfg.windows[window]}

@@ -1,8 +1,8 @@
 """The claims of the loop, from utilities alone: arrays in, verdicts out.
 
 ``real[p]`` is float64[windows, repeats], the utilities of a policy's judged runs, ``simulated[p]`` float64[windows],
-those that were predicted (`hw.loop.predictions.predicted_utility`). Repeat r of all policies is played in one batch, so
-two policies are compared run by run.
+those that were predicted (`hw.loop.predictions.predicted_utility`). Repeat r of all policies is of the same
+round, so two policies are compared run by run.
 
 **Noise of a difference.** For two policies, ``d[w, r]`` is the difference of their utilities in window w and repeat r.
 The standard deviation s of one difference is pooled over windows: its square is the sum of the squares of
@@ -17,7 +17,8 @@ of Student's t with W (R - 1) degrees of freedom.
 * level: each simulated utility is within ``points`` of the mean of the repeats, or within the noise floor of its cell,
   the largest distance of a repeat from that mean.
 * learner: the learned policy is not below the best rule over all windows by more than the noise of that difference.
-* changes: plans of a policy that can change them change ``least`` times a minute, as the mean over the real runs.
+* changes: plans of a policy that can change them change ``least`` times a minute in which requests arrive, as the mean
+  over the real runs.
 """
 
 from __future__ import annotations

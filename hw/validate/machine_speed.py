@@ -1,8 +1,8 @@
 """How fast the machine is during a suite of runs, relative to its calibration.
 
-A shared machine runs the same pass faster or slower than when it was calibrated. Between the runs of a suite, the
-engine therefore serves reference requests that count for no verdict. Their measured time over their predicted time is
-one factor, the **slowdown**, by which all prices of the suite's simulations are multiplied.
+A shared machine runs the same pass faster or slower than when it was calibrated. Between the runs of a suite, or before
+each of its parts, the engine therefore serves reference requests that count for no verdict. Their measured time over
+their predicted time is one factor, the **slowdown**, by which all prices of the suite's simulations are multiplied.
 
 A machine is not slower at everything alike. Neighbors that use memory slow the passes that read all weights for a few
 tokens; a processor at a lower clock slows prompts. A product with 4-bit weights unpacks them, one with 16-bit weights

@@ -16,9 +16,10 @@ pytest.importorskip("torch", reason="the real model needs torch: pip install -e 
 from hw.calibrate.calibration import calibration_content
 from hw.loop.judged_runs import missing_runs
 from hw.loop.predictions import predicted_utility
-from hw.loop.run import _loop
-from hw.loop.settings import run_config
+from hw.loop.run import Part, _check_alike, _loop
+from hw.loop.settings import parts_of, run_config
 from hw.validate.machine_speed import MachineFactors, machine_factors, run_speeds
+from sim.atomic import sole_writer
 from sim.config import compose_config
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.model_spec import load_model
@@ -91,7 +92,12 @@ def test_predictions_are_written_before_the_first_judged_run_and_runs_that_exist
     assert summary.stat().st_mtime_ns == kept
     with pytest.raises(ConfigError, match="another windows"):
         _loop(compose_config("hw_loop", [*settings, "windows.one.seed=8", "page=judge"]))
-    assert "No reference run measured the speed" in (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
+    noted = path.with_name("judged_for.json")
+    content = noted.read_bytes()
+    noted.unlink()
+    with pytest.raises(ConfigError, match=r"has judged runs, but no judged_for\.json"):
+        _loop(compose_config("hw_loop", [*settings, "page=judge"]))
+    noted.write_bytes(content)
     changed = json.loads(frozen)
     changed["outcomes"]["one"]["dense"]["utility"] = 0.5
     write_json(path, changed)
@@ -135,6 +141,13 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     assert predicted_utility(content | {"utility_at_run_speeds": {}}, "one", "low") == frozen
     noted = [*settings, "measure=true", "repeats=1", "note='Others used the machine.'"]
     assert _loop(compose_config("hw_loop", noted)) in (0, 1)
+    # No run had begun for these predictions, so the speed was measured again right before the first one.
+    first = content
+    content = json.loads((tmp_path / "runs" / "round1" / "one" / "predictions.json").read_text(encoding="utf-8"))
+    assert content["slowdown"] != first["slowdown"]
+    assert len(content["references"]) == 3
+    at_speeds = content["utility_at_run_speeds"]["one"]
+    mean = sum(at_speeds["low"]) / 3
     judged = json.loads((tmp_path / "out" / "loop.json").read_text(encoding="utf-8"))["verdict"]["level"]["cells"]
     assert [row["simulated"] for row in judged if row["policy"] == "low"] == [pytest.approx(mean)]
     for side in ("sim/one/low", "real/one/low/hw0"):
@@ -144,7 +157,7 @@ def test_reference_runs_before_the_predictions_set_the_speed_of_the_simulation(
     of_4 = next(one["measured_s"] / one["priced_s"] for one in content["references"] if one["bits"] == 4)
     assert re.search(rf"\| one .*\| +{content['slowdown']:.2f} \|.*\| +{of_4:.2f} \|", text)
     assert all("passes" not in one for one in result(tmp_path)["rounds"][0]["predictions"]["references"])
-    assert "- **Note.** Others used the machine." in text
+    assert "Others used the machine." in text
     for cell in result(tmp_path)["verdict"]["level"]["cells"]:
         every = [*at_speeds[cell["policy"]], cell["simulated"]]
         assert (cell["least"], cell["most"]) == (min(every), max(every))
@@ -157,7 +170,7 @@ def test_each_window_is_predicted_in_each_round_at_the_speed_measured_then(setti
     runs = tmp_path / "runs"
     assert _loop(compose_config("hw_loop", [*more, "page=predict"])) == 0
     assert sorted(path.parent.parent.name for path in runs.glob("*/*/predictions.json")) == ["round1", "round1"]
-    assert not list(runs.glob("*/*/real"))
+    assert not list(runs.rglob("real"))
     with pytest.raises(ConfigError, match="has no round in which every window"):
         _loop(compose_config("hw_loop", [*more, "page=judge"]))
     assert _loop(compose_config("hw_loop", [*more, "rounds=1"])) in (0, 1)
@@ -191,6 +204,7 @@ def test_each_window_is_predicted_in_each_round_at_the_speed_measured_then(setti
     assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
     assert result(tmp_path)["repeats"] == 1  # the first round lacks a run
     assert {one["round"] for one in result(tmp_path)["rounds"]} == {2}
+    assert result(tmp_path)["left_out"] == [1]
 
 
 def test_each_run_is_predicted_right_before_it_and_two_processes_may_share_the_rounds(
@@ -207,6 +221,12 @@ def test_each_run_is_predicted_right_before_it_and_two_processes_may_share_the_r
     assert content["repeats"] == 2
     assert [one["round"] for one in content["rounds"]] == [1, 1, 2, 2]
     assert len({one["predictions"]["slowdown"] for one in content["rounds"]}) == 4  # each run has its own
+    for number in (1, 2):  # no prediction is written before the run that precedes it has ended
+        folders = [folder for _, folder in parts_of(compose_config("hw_loop", more), number)]
+        ended = [next(folder.rglob("hw0/summary.json")).stat().st_mtime_ns for folder in folders]
+        written = [(folder / "predictions.json").stat().st_mtime_ns for folder in folders]
+        assert all(before < after for before, after in zip(ended, written[1:], strict=False))
+        assert all(before < after for before, after in zip(written, ended, strict=True))
     text = (tmp_path / "out" / "index.md").read_text(encoding="utf-8")
     for one in content["rounds"]:
         ((policy, _),) = one["predictions"]["outcomes"]["one"].items()
@@ -225,11 +245,62 @@ def test_each_run_is_predicted_right_before_it_and_two_processes_may_share_the_r
         ]
         assert row["simulated"] == pytest.approx(sum(each) / 2)
         assert row["repeats"] == [run["utility"] for run in content["real"]["one"][row["policy"]]]
-    assert "Each of these runs has predictions of its own" in text
+    for change, message in (
+        ("~policies.low", r"has runs of policies\.low, which this configuration lacks"),
+        ("predict_each=window", "was made with predict_each=run"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _loop(compose_config("hw_loop", [*more, "page=judge", "+policies.other={policy: dense}", change]))
+    of_round = list((runs / "round2" / "one").rglob("predictions.json"))
+    changed = json.loads(of_round[0].read_text(encoding="utf-8"))
+    began = next(of_round[0].parent.rglob("hw0/provenance.json"))
+    kept = began.read_text(encoding="utf-8")
+    write_json(began, json.loads(kept) | {"written_at": "2000-01-01T00:00:00+00:00"})
+    with pytest.raises(ConfigError, match="before its predictions were written"):
+        _loop(compose_config("hw_loop", [*more, "page=judge"]))
+    began.write_text(kept, encoding="utf-8")
+    config = next(of_round[0].parent.rglob("hw0/config.yaml"))
+    kept = config.read_text(encoding="utf-8")
+    config.write_text(kept.replace(f"slowdown: {changed['slowdown']}", "slowdown: 3.5"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"was served at a slowdown of 3\.5"):
+        _loop(compose_config("hw_loop", [*more, "page=judge"]))
+    config.write_text(kept, encoding="utf-8")
+    with (
+        sole_writer(runs / "round2"),
+        pytest.raises(ConfigError, match=r"another process is writing into .*round2; serve other rounds"),
+    ):
+        _loop(compose_config("hw_loop", [*more, "page=serve"]))
     # A round in which one policy is missing does not count.
     (runs / "round2" / "one" / "low" / "real" / "one" / "low" / "hw0" / "summary.json").unlink()
     assert _loop(compose_config("hw_loop", [*more, "page=judge"])) in (0, 1)
     assert {one["round"] for one in result(tmp_path)["rounds"]} == {1}
+    assert result(tmp_path)["left_out"] == [2]
+
+
+def test_a_round_serves_every_window_under_every_policy_once_in_an_order_of_its_own(settings: list[str]) -> None:
+    more = [f"+windows.w{number}={WINDOW}" for number in range(4)]
+    for each, parts in (("run", 10), ("window", 5)):
+        cfg = compose_config("hw_loop", [*settings, *more, f"predict_each={each}"])
+        orders = [[(*one.windows, *one.policies) for one, _ in parts_of(cfg, number)] for number in (1, 2, 3, 1)]
+        assert orders[0] == orders[3]
+        assert orders[0] != orders[1] != orders[2] != orders[0]
+        assert all(len(set(order)) == len(order) == parts for order in orders)
+        windows = [label for label, *_ in orders[0]]
+        assert windows == sorted(windows, key=windows.index)  # the runs of a window follow each other
+        assert len({folder for _, folder in parts_of(cfg, 1)}) == parts
+
+
+def test_reference_runs_of_two_kinds_are_not_mixed(settings: list[str]) -> None:
+    cfg = compose_config("hw_loop", settings)
+    predictions = {"references": [{"bits": 16}, {"bits": 4}], "run_speeds": [1.0, 1.0]}
+    other = predictions | {"references": [{"bits": 16}]}
+    parts = [
+        Part(number=number, cfg=cfg, folder=Path(), predictions=made, real={})
+        for number, made in ((1, predictions), (2, other))
+    ]
+    _check_alike(parts[:1])
+    with pytest.raises(ConfigError, match="another number of reference runs"):
+        _check_alike(parts)
 
 
 def test_windows_are_simulated_again_at_the_speed_of_each_judged_run(settings: list[str], tmp_path: Path) -> None:
@@ -280,6 +351,8 @@ def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str
         (["least_requests=1000"], "least_requests is 1000"),
         (["page=judge"], "has no round in which every window"),
         (["rounds=0"], "rounds is 0"),
+        (["+policies.real={policy: dense}"], "'real' cannot be the label"),
+        (["+policies={a/b: {policy: dense}}"], "'a/b' cannot be the label"),
         (["first_round=2"], "first_round is 2; it must be from 1 to the number of rounds, 1"),
         (["predict_each=policy"], "predict_each is 'policy'"),
         (["measure=true", "reference_bits=[8, 4]"], r"reference_bits is \[8, 4\]; it must hold 16"),
@@ -293,4 +366,4 @@ def test_a_mistake_is_one_sentence_before_the_first_run(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         _loop(compose_config("hw_loop", [*settings, *more]))
-    assert not (tmp_path / "runs" / "round1" / "one" / "real").exists()
+    assert not list((tmp_path / "runs").rglob("real"))
