@@ -32,8 +32,8 @@ EFFORTS = (
     "a table made from recorded windows",
     "a model of the server",
 )
-"""What a rule asks of its user, from little to much."""
-SPECS = {"windows": ",d", "its utility": ".4f", "learned": ".4f"}
+"""What a rule needs, from little to much."""
+SPECS = {"windows": ",d", "rule's utility": ".4f", "learned": ".4f"}
 
 
 def effort_of(rule: str) -> int:
@@ -66,9 +66,9 @@ def simplest(part: pd.DataFrame, ours: str) -> dict[str, Any]:
         "windows": part["window"].nunique(),
         "rule": chosen,
         "effort": EFFORTS[effort_of(chosen)],
-        "its utility": utility[chosen],
+        "rule's utility": utility[chosen],
         "learned": utility[ours],
-        "learned minus it": difference_text(against(part, ours, chosen), len(blocks)),
+        "difference": difference_text(against(part, ours, chosen), len(blocks)),
         "as good": bool(enough),
     }
 
@@ -87,8 +87,8 @@ def choices_table(rows: Sequence[dict[str, Any]]) -> str:
     shown = [
         {
             **{key: value for key, value in row.items() if key not in ("rule", "as good", "effort")},
-            "choose": row["rule"] if row["as good"] else f"learned (best rule: {row['rule']})",
-            "which is": row["effort"] if row["as good"] else "a trained policy",
+            "choose": row["rule"] if row["as good"] else f"learned (best rule compared: {row['rule']})",
+            "kind": row["effort"] if row["as good"] else "a trained policy",
         }
         for row in rows
     ]

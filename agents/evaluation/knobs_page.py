@@ -170,6 +170,7 @@ def page(figures: Mapping[str, Any]) -> str:
         windows=figures["by_load"][0]["windows"],
         equal_bytes=equal_bytes_table(figures),
         qualities=qualities,
+        first_loss=_short(qualities[0]),
         by_load={name: by_load_table(figures, name) for name in qualities},
         combined=combined_table(figures),
         plans=figures["combined"][0]["plans"],

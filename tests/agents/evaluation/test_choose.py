@@ -37,7 +37,7 @@ def test_of_the_rules_that_are_as_good_the_one_of_least_effort_is_chosen_and_of_
         ("roomy/published", "0.6", 20),
         ("tight/none", "0.9", 20),
     ]
-    assert pairs[0]["learned minus it"].startswith("-0.0450 [")
+    assert pairs[0]["difference"].startswith("-0.0450 [")
 
 
 def test_the_page_says_learned_only_where_no_rule_is_as_good(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_the_page_says_learned_only_where_no_rule_is_as_good(tmp_path: Path) -> 
     text = (tmp_path / FILE).read_text(encoding="utf-8")
     rows = {row[0]: row for row in cells(text)}
     assert rows["roomy/published"][-2:] == ["int4+wait", EFFORTS[1]]
-    assert rows["tight/none"][-2:] == ["learned (best rule: greedy_stop+wait)", "a trained policy"]
+    assert rows["tight/none"][-2:] == ["learned (best rule compared: greedy_stop+wait)", "a trained policy"]
     assert "In 1 of 2 pairs of a scenario and a load, a rule is as good." in text
 
 
