@@ -22,6 +22,8 @@ def page(content: Mapping[str, Any]) -> str:
         TEMPLATE,
         content=content,
         made=content["provenance"],
+        commits=content.get("commits", [content["provenance"]["commit"]]),  # earlier versions lack both
+        left_out=content.get("left_out", []),
         verdict=verdict,
         rounds=_rounds_table(content),
         measured=any(one["measured"] for one in rounds),
