@@ -30,6 +30,7 @@ def page(content: Mapping[str, Any]) -> str:
         policies=_policies_table(content),
         cells=_cells_table(content),
         hindsight=_hindsight(content),
+        speed=speed_share(content),
         pairs=_pairs_table(verdict),
         changes=_changes(content),
         within=sum(abs(row["error"]) <= verdict["level"]["points"] for row in verdict["level"]["cells"]),
@@ -119,6 +120,41 @@ def _changes(content: Mapping[str, Any]) -> str:
         least = min(each, key=each.__getitem__)
         said.append(f"{policy} {mean:.1f} ({each[least]:.1f} in {least})")
     return ", ".join(said)
+
+
+def speed_share(content: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return how much of the learned policy's lead over the best rule is due to a machine that was faster in its runs.
+
+    In random order, a policy may meet the machine at a better speed than another. A least squares fit over the runs of
+    policies that change plans, each minus the mean of its cell, says what a unit of slowdown costs in utility.
+
+    Returns:
+        "learned" and "rule": their mean slowdowns. "slope": utility per unit of slowdown. "share": of the lead. None
+        without a learned policy or without two rounds.
+    """
+    verdict, windows = content["verdict"], content["real"]
+    if "learner" not in verdict or content["repeats"] < 2:
+        return None
+    rounds = len({one["round"] for one in content["rounds"]})
+    slowdowns: dict[tuple[str, str], list[float]] = {}
+    for one in content["rounds"]:
+        for policy in one["predictions"]["outcomes"][one["window"]]:
+            cell = slowdowns.setdefault((one["window"], policy), [])
+            cell += [one["predictions"]["slowdown"]] * (content["repeats"] // rounds)
+    met: dict[str, list[float]] = {}
+    moved, gained = [], []
+    for (window, policy), of_rounds in slowdowns.items():
+        runs = windows[window][policy]
+        speeds = np.array([slowdown * run["slower"] for slowdown, run in zip(of_rounds, runs, strict=True)])
+        utilities = np.array([run["utility"] for run in runs])
+        met.setdefault(policy, []).append(float(speeds.mean()))
+        if policy in verdict["changes"]["per_minute"]:
+            moved.append(speeds - speeds.mean())
+            gained.append(utilities - utilities.mean())
+    x, y = np.concatenate(moved), np.concatenate(gained)
+    slope = float((x * y).sum() / (x * x).sum())
+    learned, rule = (float(np.mean(met[verdict["learner"][key]])) for key in ("learner", "best_rule"))
+    return {"learned": learned, "rule": rule, "slope": slope, "share": slope * (learned - rule)}
 
 
 def _hindsight(content: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="the real model needs torch: pip install -e '.[hw]'")
 
 import hw.loop.run as run
-from hw.loop.page import _changes, _from_to, _rounds_table
+from hw.loop.page import _changes, _from_to, _rounds_table, speed_share
 from hw.loop.run import Part, judged
 from hw.loop.settings import parts_of
 from sim.config import compose_config
@@ -56,6 +56,32 @@ def test_plan_changes_are_shown_with_the_window_that_has_least() -> None:
         for window, value in (("one", 30.0), ("two", 8.0))
     }
     assert _changes({"real": real, "verdict": {"changes": {"per_minute": {"a": 20.0}}}}) == "a 20.0 (9.0 in two)"
+
+
+def test_what_a_faster_machine_adds_to_a_lead_is_found() -> None:
+    slope, lead = -0.2, 0.05
+    parts, real = [], {}
+    for window, base in (("one", 0.9), ("two", 0.6)):
+        cell: dict[str, list[dict[str, float]]] = {"learned": [], "rule": [], "fixed": []}
+        for number in (1, 2, 3):
+            for policy, more in (("learned", 0.0), ("rule", 0.3), ("fixed", 0.9)):
+                slowdown = 1.0 + 0.1 * number + more
+                parts.append(part(number, policy, slowdown, "") | {"window": window})
+                parts[-1]["predictions"]["outcomes"] = {window: {policy: {}}}
+                utility = base + slope * 1.1 * slowdown + (lead if policy == "learned" else 0.0)
+                cell[policy].append({"utility": 0.5 if policy == "fixed" else utility, "slower": 1.1})
+        real[window] = cell
+    verdict = {
+        "learner": {"learner": "learned", "best_rule": "rule"},
+        "changes": {"per_minute": {"learned": 1.0, "rule": 1.0}},
+    }
+    found = speed_share({"repeats": 3, "rounds": parts, "real": real, "verdict": verdict})
+    assert found is not None
+    assert found["slope"] == pytest.approx(slope)
+    assert found["learned"] == pytest.approx(1.1 * 1.2)
+    assert found["rule"] == pytest.approx(1.1 * 1.5)
+    assert found["share"] == pytest.approx(-slope * 1.1 * 0.3)  # all of the difference beyond the lead
+    assert speed_share({"repeats": 3, "rounds": parts, "real": real, "verdict": {"changes": {}}}) is None
 
 
 def test_results_take_each_round_with_its_own_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
