@@ -130,7 +130,7 @@ def speed_share(content: Mapping[str, Any]) -> dict[str, float] | None:
 
     Returns:
         "learned" and "rule": their mean slowdowns. "slope": utility per unit of slowdown. "share": of the lead. None
-        without a learned policy or without two rounds.
+        without a learned policy, without two rounds, or if no policy changes plans or no speed differs.
     """
     verdict, windows = content["verdict"], content["real"]
     if "learner" not in verdict or content["repeats"] < 2:
@@ -151,6 +151,8 @@ def speed_share(content: Mapping[str, Any]) -> dict[str, float] | None:
         if policy in verdict["changes"]["per_minute"]:
             moved.append(speeds - speeds.mean())
             gained.append(utilities - utilities.mean())
+    if not moved or not np.any(moved):
+        return None
     x, y = np.concatenate(moved), np.concatenate(gained)
     slope = float((x * y).sum() / (x * x).sum())
     learned, rule = (float(np.mean(met[verdict["learner"][key]])) for key in ("learner", "best_rule"))

@@ -82,6 +82,8 @@ def test_what_a_faster_machine_adds_to_a_lead_is_found() -> None:
     assert found["rule"] == pytest.approx(1.1 * 1.5)
     assert found["share"] == pytest.approx(-slope * 1.1 * 0.3)  # all of the difference beyond the lead
     assert speed_share({"repeats": 3, "rounds": parts, "real": real, "verdict": {"changes": {}}}) is None
+    fixed = verdict | {"changes": {"per_minute": {}}}
+    assert speed_share({"repeats": 3, "rounds": parts, "real": real, "verdict": fixed}) is None
 
 
 def test_results_take_each_round_with_its_own_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
