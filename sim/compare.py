@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,11 @@ def variants(cfg: DictConfig) -> dict[str, DictConfig]:
     return made
 
 
+def servers(made: Iterable[DictConfig]) -> str:
+    """Return model and device of some configurations, each pair once: ``llama2_7b, a100_80gb``."""
+    return " and ".join(dict.fromkeys(f"{name_of(one.model)}, {build(one.gpu).title}" for one in made))
+
+
 def _compare(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     cases, slo = cases_of(cfg), build(cfg.slo)
@@ -83,8 +88,7 @@ def _compare(cfg: DictConfig) -> None:
         rows.setdefault(label, []).append(outcome.summary)
     shown_cases, shown_rows = without_equal_seeds(cases, rows)
     columns = columns_of(shown_rows)
-    choices = HydraConfig.get().runtime.choices
-    title = f"{cfg.label or choices['trace']} on {name_of(cfg.model)}, {build(cfg.gpu).title}"
+    title = f"{cfg.label or HydraConfig.get().runtime.choices['trace']} on {servers(variants(cfg).values())}"
     if len(shown_cases) > 1:
         title += f": mean ± standard deviation of {len(shown_cases)} replays"
     try:

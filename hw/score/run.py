@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from hw.score.fit import write_fits
 from hw.score.job import SCORES, Job, model_name
 from hw.score.kv_bits import score_kv_bits
-from hw.score.kv_compression.compare import score_kv_compression, write_page
+from hw.score.kv_compression.compare import FIGURES as KV_COMPRESSION_FIGURES
+from hw.score.kv_compression.compare import score_kv_compression
 from hw.score.losses import score_full_test, score_generation, score_perplexity, score_samples, score_table
 from hw.score.offline_search import figures_path, score_offline_search
 from hw.score.offline_search_page import page
@@ -27,8 +28,8 @@ from hw.score.orders import (
 from hw.score.pop import score_pop
 from hw.score.pop_page import page as pop_page_of
 from hw.score.report import scores_page
+from hw.score.width import FIGURES as WIDTH_FIGURES
 from hw.score.width import score_width
-from hw.score.width import write_page as write_width_page
 from sim.config import one_thread, run_command
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
@@ -85,12 +86,12 @@ def pop_page(cfg: DictConfig) -> None:
 
 def compression_page(cfg: DictConfig) -> None:
     """Write the page and the picture of compressed KV from the losses in conf/quality/kv_compression."""
-    write_page(cfg.out, model_name(cfg))
+    KV_COMPRESSION_FIGURES.write_page(cfg.out, model_name(cfg))
 
 
 def width_page(cfg: DictConfig) -> None:
     """Write the page and the picture of cut FFN blocks from the losses in conf/quality/ffn_width."""
-    write_width_page(cfg.out, model_name(cfg))
+    WIDTH_FIGURES.write_page(cfg.out, model_name(cfg))
 
 
 FROM_FILES: dict[str, Callable[[DictConfig], None]] = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -25,6 +24,7 @@ from hw.elastic.processor import processor_name
 from hw.elastic.text import Windows
 from hw.score.block_numbers import plan_without
 from hw.score.ffn_slices import FFNSlice, ffn_slice
+from hw.score.figures import Figures
 from hw.score.job import Job
 from hw.score.nll import measure_many
 from hw.score.width_page import mean_loss, page, plot
@@ -32,12 +32,9 @@ from sim.cost.ffn_width import FFN_WIDTHS, ffn_channels
 from sim.cost.memory import ffn_weight_bytes, layer_weight_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec
 from sim.cost.plan import Plan, dense_plan
-from sim.cost.quality import QUALITIES, Text
+from sim.cost.quality import Text
 from sim.errors import ConfigError
-from sim.json_file import read_json_object
-from sim.paths import RESULTS
 from sim.progress import progress
-from sim.results.run_folder import write_text
 
 CUT_WIDTHS = tuple(width for width in FFN_WIDTHS if width < 8)
 LEAST = min(FFN_WIDTHS)
@@ -164,18 +161,7 @@ class Slicer:
         return found
 
 
-def figures_path(out: str, model: str) -> Path:
-    """Return the file of figures."""
-    return Path(out) if out else QUALITIES / "ffn_width" / f"{model}.json"
-
-
-def write_page(out: str, model: str) -> None:
-    """Write the page and the picture of a file of figures: with ``out`` next to it."""
-    path = figures_path(out, model)
-    folder = path.parent if out else RESULTS / "width"
-    figures = read_json_object(path, ConfigError, "run python -m hw.score kind=width first, or set out=")
-    plot(folder / "loss.png", figures)
-    write_text(folder / "index.md", page(figures))
+FIGURES = Figures(kind="width", folder="ffn_width", page=page, plot=plot)
 
 
 def score_width(job: Job) -> None:
@@ -214,8 +200,8 @@ def score_width(job: Job) -> None:
     source = (
         "FLAP (arXiv 2312.11983): NLL of the tokens after half of each window, in nats; the fits are sums over layers"
     )
-    job.write(figures_path(job.cfg.out, job.name), texts["calibration"], source, result)
-    write_page(job.cfg.out, job.name)
+    job.write(FIGURES.path(job.cfg.out, job.name), texts["calibration"], source, result)
+    FIGURES.write_page(job.cfg.out, job.name)
 
 
 def _measured(

@@ -274,13 +274,21 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _remove_if_only_begun(folder: Path, *, failed: bool) -> None:
-    """Remove the folder of a run that wrote nothing, or failed before it wrote a result; never the current folder."""
-    if folder == Path.cwd():
+    """Remove the folder of a run that wrote nothing, or failed before it wrote a result; never the current folder.
+
+    Folders above it that are empty then, such as the label's of a training, go too, up to the current one.
+    """
+    here = Path.cwd()
+    if folder == here:
         return
     if failed and {path.name for path in folder.iterdir()} <= set(BEGUN_FILES):
         for name in BEGUN_FILES:
             (folder / name).unlink(missing_ok=True)
     folder.rmdir()
+    for parent in folder.parents:
+        if here not in parent.parents or any(parent.iterdir()):
+            break
+        parent.rmdir()
 
 
 @contextmanager

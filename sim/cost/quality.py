@@ -250,7 +250,7 @@ class FittedQuality:
         if 2 * len(plan.weight_bits) != self.blocks.size:
             raise PlanError(
                 f"a plan of {len(plan.weight_bits)} layers, but the quality of {self.name} was measured on "
-                f"{self.blocks.size // 2}; set quality= to a table of the model that runs"
+                f"{self.blocks.size // 2}; choose a table of the model that runs, in most commands with quality_table="
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -424,7 +424,7 @@ class PublishedQuality:
         if len(plan.weight_bits) != self.model.num_layers:
             raise PlanError(
                 f"a plan of {len(plan.weight_bits)} layers, but {self.model.name} has {self.model.num_layers}; "
-                "set quality= to the model that runs"
+                "choose a table of the model that runs, in most commands with quality_table="
             )
         if 8 in plan.product_bits or any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
             raise CalibrationError(

@@ -5,8 +5,9 @@ Replays, policies that try plans out, environments and comparisons with real run
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -115,6 +116,25 @@ def named_calibration(name: str) -> LatencyModel:
 def named_quality(name: str) -> FittedQuality | PublishedQuality:
     """Return a quality model of conf/quality by name; each is built once."""
     return load_quality(name)
+
+
+def qualities_that_know(model: str, plans: Sequence[Plan]) -> list[str]:
+    """Return the names of the tables in conf/quality that were made for a model and know the loss of every plan."""
+    found = []
+    for name in sorted(path.stem for path in QUALITIES.glob("*.*")):
+        table = named_quality(name)
+        made_for = table.name if isinstance(table, FittedQuality) else table.model.name
+        if file_name(made_for) == file_name(model) and not any(math.isnan(table.charge(plan)) for plan in plans):
+            found.append(name)
+    return found
+
+
+def which_quality(model: str, plans: Sequence[Plan]) -> str:
+    """Return what a message says of the tables that know the loss of every plan."""
+    known = qualities_that_know(model, plans)
+    if not known:
+        return "no table of conf/quality knows all of them; python -m hw.score kind=table measures one"
+    return f"set quality_table= to one that knows all of them: {', '.join(known)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

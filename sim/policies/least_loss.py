@@ -20,7 +20,7 @@ import numpy as np
 from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.plan import Plan, describe, is_positive
 from sim.engine.protocol import EngineState
-from sim.engine.server_spec import ServerSpec
+from sim.engine.server_spec import ServerSpec, which_quality
 from sim.engine.steady_decode import steady_decode_s
 from sim.errors import ConfigError
 from sim.limits import is_whole
@@ -181,7 +181,7 @@ def least_loss(
         unknown = table.plans[int(np.isnan(losses).argmax())]
         raise ConfigError(
             f"policy=least_loss: the loss of the plan {describe(unknown)} of {server.model.name} is unknown; choose "
-            "other plans, or set quality_table= to a table that knows it"
+            f"other plans (policy.actions); {which_quality(server.model.name, table.plans)}"
         )
     kv_bytes = [stored_kv_bytes(served.model, plan, TYPICAL_TOKENS) / TYPICAL_TOKENS for plan in table.plans]
     return LeastLoss(

@@ -22,7 +22,7 @@ from sim.cost.plan import Plan, dense_plan, describe, is_positive
 from sim.engine.budget import Budget, constant_budget
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState
-from sim.engine.server_spec import ServerSpec
+from sim.engine.server_spec import ServerSpec, which_quality
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
@@ -262,7 +262,8 @@ def lookahead(
         if unknown is not None:
             raise ConfigError(
                 f"policy=lookahead weighs requests by quality, but that of the plan {describe(unknown)} of "
-                f"{server.model.name} is unknown; choose other plans, or set quality_table= to a measured table"
+                f"{server.model.name} is unknown; choose other plans (policy.actions); "
+                f"{which_quality(server.model.name, table.plans)}"
             )
     return Lookahead(
         server=server,

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sim.compare import compare_command, hardest, variants
+from sim.compare import compare_command, hardest, servers, variants
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
 from sim.replay.sweep import replay_case
@@ -34,6 +34,13 @@ def test_policies_see_the_same_requests_and_differ_only_in_what_is_said() -> Non
     a, b = map(replay_case, made.values())
     assert a.records.arrival_s.tolist() == b.records.arrival_s.tolist()
     assert a.summary["transitions"] == 0 < b.summary["transitions"]
+
+
+def test_the_title_names_every_model_and_device_that_is_compared() -> None:
+    other = "+policies.b={policy: dense, model: llama3.1_8b, gpu: h100_80gb}"
+    made = variants(composed("+policies.a={policy: dense}", other, "+policies.c={policy: random}", "only=[b,a,c]"))
+    assert servers(made.values()) == "llama2_7b, a100_80gb and llama3.1_8b, h100_80gb"
+    assert servers([made["a"], made["c"]]) == "llama2_7b, a100_80gb"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,30 +17,16 @@ import torch
 from hw.elastic.kv_compression import refree_kv
 from hw.elastic.model import ElasticModel
 from hw.elastic.processor import processor_name
+from hw.score.figures import Figures
 from hw.score.job import Job
 from hw.score.kv_compression.continuation import continuation_nll, read_prompt
 from hw.score.kv_compression.page import page, plot
 from hw.score.kv_compression.variants import FULL, Variant, compressed, variants
-from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError
-from sim.json_file import read_json_object
-from sim.paths import RESULTS
 from sim.progress import progress
-from sim.results.run_folder import write_text
 
-
-def figures_path(out: str, model: str) -> Path:
-    """Return the file of figures, from which ``sim.cost.kv_compression_loss`` reads losses."""
-    return Path(out) if out else QUALITIES / "kv_compression" / f"{model}.json"
-
-
-def write_page(out: str, model: str) -> None:
-    """Write the page and the picture of a file of figures: with ``out`` next to it."""
-    path = figures_path(out, model)
-    folder = path.parent if out else RESULTS / "kv_compression"
-    figures = read_json_object(path, ConfigError, "run python -m hw.score kind=kv_compression first, or set out=")
-    plot(folder / "loss.png", figures)
-    write_text(folder / "index.md", page(figures))
+FIGURES = Figures(kind="kv_compression", folder="kv_compression", page=page, plot=plot)
+"""``sim.cost.kv_compression_loss`` reads the losses in it."""
 
 
 def score_kv_compression(job: Job) -> None:
@@ -95,10 +80,10 @@ def score_kv_compression(job: Job) -> None:
         "think_queries": int(cfg.think_queries),
         "variants": rows,
     }
-    path = figures_path(job.cfg.out, job.name)
+    path = FIGURES.path(job.cfg.out, job.name)
     source = "NLL of the tokens after a prompt, in nats a token, for each window; share of the bytes of the prompt's KV"
     job.write(path, texts["test"], source, result)
-    write_page(job.cfg.out, job.name)
+    FIGURES.write_page(job.cfg.out, job.name)
 
 
 def _check(prompt: int, scored: int, factors: list[float], ada_queries: int, observed: int) -> None:

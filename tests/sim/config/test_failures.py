@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.config import run_command
 from sim.config.failures import INTERRUPTED, errors_in_one_line, explain, extra_of
+from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.replay.__main__ import main
 from tests.commands import exit_status
@@ -104,6 +105,18 @@ def test_a_job_of_a_sweep_that_kept_its_records_at_ctrl_c_is_noted_as_interrupte
     arguments = ("--multirun", "seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}")
     assert exit_status(lambda: run_command(task, "replay"), *arguments) == INTERRUPTED
     assert json.loads(Path("sweep/failed/0.json").read_text())["error"] == "interrupted"
+
+
+def test_a_refused_run_leaves_no_folder_and_takes_none_that_holds_something() -> None:
+    def task(cfg: DictConfig) -> None:
+        raise ConfigError("no")
+
+    for folder in ("made/label/seed_0", "kept/label/seed_0"):
+        Path("kept").mkdir(exist_ok=True)
+        Path("kept/file").write_text("")
+        assert exit_status(lambda: run_command(task, "replay"), f"hydra.run.dir={folder}") == 2
+    assert [path.name for path in Path().iterdir()] == ["kept"]
+    assert [path.name for path in Path("kept").iterdir()] == ["file"]
 
 
 def run(*arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:

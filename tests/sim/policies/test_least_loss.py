@@ -13,7 +13,7 @@ from sim.cost.kv_format import stored_kv_bytes
 from sim.cost.memory import weight_bytes
 from sim.cost.plan import Plan, dense_plan
 from sim.engine.protocol import EngineState
-from sim.engine.server_spec import ServerSpec
+from sim.engine.server_spec import ServerSpec, named_quality
 from sim.engine.steady_decode import steady_decode_s
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
@@ -154,13 +154,25 @@ def test_it_serves_a_budget_that_moves() -> None:
         ({"waiting_share": -1.0}, "policy.waiting_share is -1.0; it must be a finite number from 0 on"),
         ({"waiting_share": math.inf}, "policy.waiting_share is inf"),
         ({"tpot_s": 0.0}, "policy.tpot_s is 0.0; it must be above 0 seconds"),
-        ({"actions": {**ACTIONS, "compute_bits": [8]}}, "is unknown; choose other plans, or set quality_table="),
+        ({"actions": {**ACTIONS, "compute_bits": [8]}}, "is unknown; choose other plans"),
         ({"actions": {"drop": [1]}}, "actions has no option .drop.; did you mean .drops."),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         policy(**options)
+
+
+def test_an_unknown_loss_is_refused_with_the_tables_that_know_it() -> None:
+    published = replace(SERVER, quality_nll=named_quality("llama2_7b_published").charge)
+    with pytest.raises(
+        ConfigError, match=r"is unknown; choose other plans .policy.actions.; set quality_table="
+    ) as one:
+        least_loss(PolicyContext.of(published), actions=ACTIONS)
+    assert str(one.value).endswith("to one that knows all of them: llama2_7b_transferred, llama2_7b_transferred_w4")
+    cut = {**ACTIONS, "compute_bits": [8]}
+    with pytest.raises(ConfigError, match=r"no table of conf/quality knows all of them; python -m hw.score kind=table"):
+        policy(actions=cut)
 
 
 def test_it_needs_a_model_of_the_server_and_a_quality() -> None:
