@@ -4,7 +4,8 @@ Episode: one window of a trace (``agents.envs.serve_windows``), ``window_s`` sec
 plan serves the remaining requests to their end.
 
 Observation: float32[entries], what a server can observe of itself (``sim.policies.observation.serve.serve_table`` lists
-each entry with its unit and range), and at the end one flag (0 or 1) for each legal action.
+each entry with its unit and range), and at the end one flag (0 or 1) for each legal action. With ``foresight``, entries
+for a critic lie between the two.
 
 Action: the number of a plan in a table of blocks to drop, layers at low precision and queue limit, and if the
 configuration asks for them streamed layers and bits of KV (``sim.policies.observation.serve.serve_actions``). Illegal
@@ -35,13 +36,16 @@ from agents.envs.prune_loads import check_split
 from agents.envs.render import RenderMixin
 from agents.envs.reward import ServeReward, built_reward, kept_quality, utility_lost
 from agents.envs.serve_budgets import BudgetRange, budget_range, window_budget
+from agents.envs.serve_foresight import ENTRIES as FORESEEN
+from agents.envs.serve_foresight import MOST, foresight
 from agents.envs.serve_pool import drawn, pool_options, window_pool
 from agents.envs.serve_windows import Window, as_window, check_sources, serve_windows, source_trace
 from sim.config import build_option
 from sim.cost.gpu import Gpu
-from sim.cost.memory import kv_block_layer_bytes
+from sim.cost.memory import kv_block_layer_bytes, weight_bytes
 from sim.cost.model_spec import ModelSpec, load_model
 from sim.cost.plan import Plan, dense_plan
+from sim.engine.budget import Budget
 from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineConfig, EngineState
 from sim.engine.server_spec import ServerSpec, find_calibration, named_calibration, named_quality
@@ -121,6 +125,7 @@ class ServeSetting:
         sources: Sequence[str] = ("burst",),
         load: Sequence[float] = (0.0, 1.0),
         reward: ServeReward | Mapping[str, Any] | None = None,
+        foresight: bool = False,
     ) -> None:
         """Set the server and its traffic.
 
@@ -142,6 +147,8 @@ class ServeSetting:
             sources: names of its traces.
             load: lowest and highest position in each source's range of rates, on a logarithmic scale in [0, 1].
             reward: as in ``built_reward``.
+            foresight: show also the requests and the memory to come, between what the server observes and the flags
+                (``agents.envs.serve_foresight``); for a critic in training, never for a policy.
         """
         if not tick_s > 0:
             raise ConfigError(f"tick_s is {tick_s}; it must be above 0 seconds, such as 1.0")
@@ -185,6 +192,10 @@ class ServeSetting:
         )
         self.ticks = max(2, math.ceil(self.windows.window_s / tick_s))
         low, high = self.table.bounds()
+        self.foreseen = FORESEEN if foresight else 0
+        if foresight:
+            at = self.table.features
+            low, high = np.insert(low, [at] * FORESEEN, 0.0), np.insert(high, [at] * FORESEEN, MOST)
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.action_space: gym.spaces.Discrete[np.int64] = gym.spaces.Discrete(len(self.actions.plans))
 
@@ -233,6 +244,14 @@ class ServeSetting:
             graph = self._graphs[cost] = PlanGraph(self.model, self.nll_at(cost))
         return graph
 
+    def foresight(self, window: Window) -> Floats32:
+        """Return what comes after each tick of a window, float32[ticks + 1, ``foreseen``]."""
+        if not self.foreseen:
+            return np.zeros((self.ticks + 1, 0), dtype=np.float32)
+        budget = self.budget_of(window, self.server_for(window), self.actions.plans[self.actions_for(window).start])
+        dense_bytes = weight_bytes(self.model, dense_plan(self.model))
+        return foresight(self.windows.cut(window), budget, window.slowdown, dense_bytes, self.tick_s, self.ticks)
+
     def actions_for(self, window: Window) -> ServeActions:
         """Return the plans to choose from in a window."""
         return self.actions if window.low_bits else self.actions.without_low_bits()
@@ -277,6 +296,13 @@ class ServeSetting:
     ) -> SimEngine:
         """Return an engine with the budget of a window, without requests; for the options see ``SimEngine``."""
         server = self.server_for(window)
+        budget = self.budget_of(window, server, plan)
+        return server.build_engine(
+            plan, budget, keep_iterations=False, graph=graph, env=env, external_clock=external_clock
+        )
+
+    def budget_of(self, window: Window, server: ServerSpec, plan: Plan) -> Budget:
+        """Return the budget of a window on its server, which begins with a plan."""
         limits = self.budget
         if window.high_share is not None or window.low_share is not None:
             high_share = window.high_share or limits.high_share
@@ -284,10 +310,7 @@ class ServeSetting:
         if window.notice_s is not None:
             limits = replace(limits, notice_s=window.notice_s)
         context = server.budget_context(plan)
-        budget = window_budget(context, limits, window.budget, window.budget_seed, self.windows.window_s)
-        return server.build_engine(
-            plan, budget, keep_iterations=False, graph=graph, env=env, external_clock=external_clock
-        )
+        return window_budget(context, limits, window.budget, window.budget_seed, self.windows.window_s)
 
     def earned(self, engine: Served, requests: int) -> float:
         """Return the utility so far, in [0, 1]: the quality kept by requests that met the SLO, over ``requests``."""
@@ -364,7 +387,7 @@ class ServeCore:
     def begin(self, window: Window) -> None:
         """Start a window with the first plan of its server (``ServeActions.start``)."""
         setting = self.setting
-        self.window = window
+        self.window, self.foresight = window, setting.foresight(window)
         self.actions, self.observer = setting.actions_for(window), setting.observer_for(window)
         first = setting.actions.plans[self.actions.start]
         self.engine = setting.build_engine(window, first, graph=setting.graph_for(window))
@@ -378,7 +401,8 @@ class ServeCore:
     def observe(self) -> Floats32:
         """Return the observation, legal flags included, float32[entries]."""
         features = self.observer(self.state, self.choice)
-        return np.concatenate((features, self.actions.legal(self.state, self.choice))).astype(np.float32)
+        legal = self.actions.legal(self.state, self.choice)
+        return np.concatenate((features, self.foresight[self.tick], legal)).astype(np.float32)
 
     def step(self, action: int) -> tuple[float, bool]:
         """Run the plan of an action for one tick; return the reward and whether the window is over."""

@@ -61,6 +61,7 @@ class ServeTraceVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         self._together = False
         self._legal = np.ones((num_envs, len(setting.actions.plans)), dtype=np.bool_)
         self._slo = slo_seconds(setting.slo)
+        self._foresight = np.zeros((num_envs, setting.ticks + 1, setting.foreseen), dtype=np.float32)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -86,7 +87,7 @@ class ServeTraceVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         """Give environment i a new window and engine; the caller serves its first tick."""
         setting = self.setting
         window = window or setting.sample_window(self._rngs[i])
-        self._windows[i] = window
+        self._windows[i], self._foresight[i] = window, setting.foresight(window)
         graph = setting.graph_for(window)
         first = setting.actions.plans[setting.actions_for(window).start]
         engine = setting.build_engine(window, first, graph=graph, external_clock=True)
@@ -113,7 +114,8 @@ class ServeTraceVector(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
             self._seen = np.where(where[:, None], seen, before)
         features = self._observers(self._seen)
         self._legal = self._observers.legal(self._seen)
-        return np.concatenate((features, self._legal), axis=1, dtype=np.float32)
+        foresight = self._foresight[np.arange(self.num_envs), self._tick]
+        return np.concatenate((features, foresight, self._legal), axis=1, dtype=np.float32)
 
     def step(self, actions: Any) -> tuple[Floats32, Floats, Bools, Bools, dict[str, Any]]:
         """Step every environment; one whose episode has ended begins a new one instead."""

@@ -7,7 +7,7 @@ size of the network; all other training settings are ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -17,9 +17,11 @@ from ray.rllib.algorithms.marwil import MARWILConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
+from agents.envs.serve_foresight import ENTRIES as FORESEEN
 from agents.training.episodes import FILE, read_recorded
 from agents.training.modules import MaskedDQN, MaskedPPO, ReportsDivergence
 from agents.training.prelearner import CheckedPreLearner
+from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 
 
@@ -136,6 +138,7 @@ def ppo(
     epochs: int,
     clip: float,
     entropy: Schedule,
+    foresight: bool = False,
 ) -> AlgorithmConfig:
     """Build PPO with separate networks for policy and value.
 
@@ -145,7 +148,15 @@ def ppo(
         gae_lambda: of generalized advantage estimation.
         steps_an_iteration: environment steps per iteration. minibatch, epochs: of its updates.
         clip: limit of the change of the action probability ratio.
+        foresight: the critic also reads the requests and the memory to come (``agents.envs.serve_foresight``); the
+            actor does not.
+    Raises:
+        ConfigError: for foresight in another environment than ``ServeTrace``.
     """
+    if foresight and not setup.env.endswith(":ServeTrace-v0"):
+        raise ConfigError("algorithm.foresight is for env=serve_trace and env=serve_many alone; set it to false")
+    if foresight:
+        setup = replace(setup, env_kwargs={**setup.env_kwargs, "foresight": True})
     config = PPOConfig().training(  # type: ignore[no-untyped-call]
         lr=_schedule(lr),
         gamma=discount,
@@ -160,7 +171,8 @@ def ppo(
         grad_clip=10.0,
     )
     config = config.learners(learner_class=ReportsDivergence)
-    return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False, heads=setup.heads)
+    foreseen = FORESEEN if foresight else 0
+    return _common(config, setup, MaskedPPO, "auto", vf_share_layers=False, heads=setup.heads, foreseen=foreseen)
 
 
 def marwil(

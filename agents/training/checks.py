@@ -72,6 +72,7 @@ AT_LEAST_0: Check = (_number(0.0), "a number of at least 0")
 COUNT: Check = (_count(1), "a whole number of at least 1")
 COUNT_OR_0: Check = (_count(0), "a whole number of at least 0")
 TEXT: Check = (_text, "a text")
+BOOLEAN: Check = (lambda value: isinstance(value, bool), "true or false")
 FIT: dict[str, Check] = {"epochs": COUNT, "batch": COUNT, "lr": AT_LEAST_0}
 VALUES: Mapping[str, Mapping[str, Check]] = {
     "agents.training.algorithms.ppo": {
@@ -83,6 +84,7 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "epochs": COUNT,
         "clip": POSITIVE,
         "entropy": RATE,
+        "foresight": BOOLEAN,
     },
     "agents.training.algorithms.dqn": {
         "lr": AT_LEAST_0,
@@ -95,7 +97,7 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "tau": (_number(0.0, 1.0, above=True), "a number above 0, at most 1"),
         "epsilon": (_schedule(_number(0.0, 1.0)), f"{POINTS}, each value from 0 to 1"),
         "n_step": COUNT,
-        "double_q": (lambda value: isinstance(value, bool), "true or false"),
+        "double_q": BOOLEAN,
     },
     "agents.training.algorithms.marwil": {
         "data": TEXT,

@@ -8,6 +8,8 @@ the weights, to run the network in NumPy.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -66,11 +68,20 @@ class MaskedDQN(_ReadsFeatures, DefaultDQNTorchRLModule):
         return out
 
 
+def _first_entries(count: int, encoder: Any, arguments: tuple[Batch]) -> tuple[Batch]:
+    """Return the arguments of an encoder with only the first entries of each observation."""
+    (batch,) = arguments
+    return ({**batch, Columns.OBS: batch[Columns.OBS][..., :count]},)
+
+
 class _MaskedActorCritic(_ReadsFeatures):
     """Action logits are the lowest float for illegal actions.
 
     With ``heads`` (n, m) in ``model_config``, an action is a pair: the actor has n + m outputs, and the logit of action
     i * m + j is the sum of outputs i and n + j. The flags are those of pairs, so both heads are masked.
+
+    With ``foreseen`` in ``model_config``, the critic alone reads that many entries, the last before the flags
+    (``agents.envs.serve_foresight``).
     """
 
     def setup(self) -> None:
@@ -81,6 +92,12 @@ class _MaskedActorCritic(_ReadsFeatures):
             catalog = self.catalog  # type: ignore[attr-defined]
             catalog.pi_head_config.output_layer_dim = sum(self.heads)
             self.pi = catalog.pi_head_config.build(framework="torch")
+        foreseen = int(self.model_config.get("foreseen", 0))  # type: ignore[attr-defined]
+        if foreseen:
+            seen = self._features - foreseen
+            config = self.catalog._encoder_config  # type: ignore[attr-defined]
+            self.encoder.actor_encoder = replace(config, input_dims=[seen]).build(framework="torch")  # type: ignore[attr-defined]
+            self.encoder.actor_encoder.register_forward_pre_hook(partial(_first_entries, seen))  # type: ignore[attr-defined]
 
     def _masked(self, out: Batch, illegal: torch.Tensor) -> Batch:
         logits = out[Columns.ACTION_DIST_INPUTS]

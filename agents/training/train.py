@@ -188,7 +188,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         write_json(folder / "provenance.json", provenance(cfg.seed))
         progress.start()
         if cfg.imitate is not None:
-            build(cfg.imitate)(algorithm, cfg.env.id, environment_kwargs(cfg), seed=cfg.seed)
+            build(cfg.imitate)(algorithm, cfg.env.id, dict(algorithm.config.env_config), seed=cfg.seed)
     try:
         dashboards = Dashboards(folder, cfg)
 
