@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +18,7 @@ from agents.envs.prune import PruneToBudget
 from agents.envs.prune_vector import PruneToBudgetVector
 from agents.training.algorithms import Setup, ppo
 from agents.training.modules import MaskedDQN, MaskedPPO, network_of_module
+from sim.errors import ConfigError
 
 torch.set_num_threads(1)
 MODEL = {
@@ -237,3 +239,51 @@ def test_two_heads_give_pairs_the_sum_of_their_outputs_and_are_both_masked(heads
         np.testing.assert_allclose(logits[flags], values[flags], rtol=1e-4, atol=1e-5)
         assert (logits[~flags] == FLOAT_MIN).all()
     assert not flags.all()
+
+
+def test_the_critic_alone_reads_what_comes() -> None:
+    foreseen, actions = 27, 60
+    plain = PruneToBudget().observation_space
+    features = plain.shape[0] - actions
+    low, high = (np.insert(bound, [features] * foreseen, value) for bound, value in ((plain.low, 0), (plain.high, 16)))
+    torch.manual_seed(0)
+    module = RLModuleSpec(
+        module_class=MaskedPPO,
+        observation_space=gym.spaces.Box(low, high, dtype=np.float32),
+        action_space=gym.spaces.Discrete(actions),
+        model_config={**MODEL, "foreseen": foreseen},
+    ).build()
+    network = network_of_module(module.get_state(), "relu")
+    assert network.weights[0].shape == (84, features)  # the exported network has no such inputs
+    observed = observations(200)
+    rng = np.random.default_rng(0)
+    two = [
+        torch.from_numpy(np.insert(observed, [features] * foreseen, rng.random((200, foreseen)) * 5, axis=1))
+        for _ in range(2)
+    ]
+    with torch.no_grad():
+        for call in (module.forward_inference, module.forward_exploration, module.forward_train):
+            first, second = (call({Columns.OBS: one})[Columns.ACTION_DIST_INPUTS] for one in two)
+            assert torch.equal(first, second)
+        values = [module.compute_values({Columns.OBS: one}) for one in two]
+    assert not torch.isclose(*values).any()
+    chosen = network.act(observed[:, :features], observed[:, features:] > 0.5)
+    np.testing.assert_array_equal(first.argmax(dim=-1).numpy(), chosen)
+
+
+def test_only_ppo_of_one_server_has_foresight() -> None:
+    setup = Setup(
+        env="agents.envs.registration:ServeCluster-v0",
+        env_kwargs={},
+        seed=0,
+        num_envs=1,
+        runners=0,
+        hidden=(8,),
+        activation="relu",
+    )
+    numbers: dict[str, Any] = {"lr": 1e-3, "discount": 1.0, "gae_lambda": 0.9, "steps_an_iteration": 64}
+    numbers |= {"minibatch": 32, "epochs": 1, "clip": 0.2, "entropy": 0.0}
+    with pytest.raises(ConfigError, match=r"algorithm.foresight is for env=serve_trace and env=serve_many alone"):
+        ppo(setup, **numbers, foresight=True)
+    config = ppo(replace(setup, env="agents.envs.registration:ServeTrace-v0"), **numbers, foresight=True)
+    assert config.env_config == {"foresight": True}
