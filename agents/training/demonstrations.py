@@ -82,12 +82,12 @@ def plan_demonstrations(
         ConfigError: for a plan that the table does not have.
     """
     vector = ServeTraceVector(windows, **env_kwargs)
-    chosen, features = imitated_plan(vector.setting.actions, plan), vector.setting.table.features
+    chosen, plans = imitated_plan(vector.setting.actions, plan), len(vector.setting.actions.plans)
     rng = np.random.default_rng(seed)
     observed, _ = vector.reset(seed=seed)
     observations, targets = [], []
     for _ in range(vector.setting.ticks - 1):
-        legal = observed[:, features:]
+        legal = observed[:, -plans:]
         target = (1.0 - share) * legal / legal.sum(axis=1, keepdims=True)
         target[:, chosen] += share * legal[:, chosen]
         observations.append(observed)

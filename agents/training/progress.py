@@ -22,7 +22,9 @@ COLUMNS = (
     "sample_seconds",
     "learn_seconds",
     "healthy_runners",
+    "critic_explained",
 )
+"""``critic_explained``: share of the variance of returns that the critic explains, 1 at most; nan without a critic."""
 
 
 class Progress:
@@ -79,7 +81,8 @@ def progress_row(
         utility: mean validation utility. top_share: share of validation decisions that were the most frequent action.
     """
     timers = result.get("timers", {})
-    learners = result.get("learners", {}).get("__all_modules__", {})
+    modules = result.get("learners", {})
+    learners = modules.get("__all_modules__", {})
     values = (
         status["iteration"],
         round(status["seconds"], 2),
@@ -91,5 +94,6 @@ def progress_row(
         round(float(timers.get("env_runner_sampling_timer", float("nan"))), 4),
         round(float(timers.get("learner_update_timer", learners.get("learner_update_timer", float("nan")))), 4),
         int(result.get("fault_tolerance", {}).get("num_healthy_workers", 0)),
+        round(float(modules.get("default_policy", {}).get("vf_explained_var", float("nan"))), 4),
     )
     return dict(zip(COLUMNS, values, strict=True))

@@ -168,6 +168,10 @@ def plan_of(model: ModelSpec, options: Mapping[str, Any]) -> Plan:
     """Return ``static_plan(model, **options)``; the error for an unknown option names the nearest known one."""
     allowed = set(inspect.signature(static_plan).parameters) - {"model"}
     for option in options:
+        if option == "kv_compression":  # its name in a table of plans, where it is one entry
+            raise PlanError(
+                "a plan has no option 'kv_compression'; give kv_method and kv_percent, such as ada_kv and 70"
+            )
         if option not in allowed:
             raise PlanError(f"a plan has no option {option!r}; {nearest(option, allowed)}")
     return static_plan(model, **options)

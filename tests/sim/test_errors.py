@@ -35,6 +35,11 @@ def test_an_option_with_an_endless_name_is_refused_with_a_short_message() -> Non
     assert len(str(refused.value)) <= LONGEST_MESSAGE
 
 
+def test_the_name_that_a_table_of_plans_gives_to_compressed_kv_leads_to_the_two_of_a_plan() -> None:
+    with pytest.raises(PlanError, match="no option 'kv_compression'; give kv_method and kv_percent"):
+        plan_of(load_model("llama2_7b"), {"kv_compression": {"method": "ada_kv", "percent": 70}})
+
+
 def test_of_many_allowed_names_the_closest_are_listed_and_the_others_counted() -> None:
     few = [f"drop {count}" for count in range(MOST_NAMES)]
     assert nearest("drp 3", few).startswith("did you mean 'drop 3'? allowed: drop 0, drop 1, drop 10, ")

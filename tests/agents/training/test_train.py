@@ -32,7 +32,9 @@ from sim.config import CONF_DIR, build
 from sim.disaggregate.learned_roles import learned_roles
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
+from sim.policies.base import PolicyContext
 from sim.policies.learned import Network, read_learned
+from sim.policies.learned_serve import learned_serve
 from tests.agents.helpers import composed, run_module, utilities_around_imitation
 
 SMALL = ["num_envs=8", "hidden=[16]", "validate_every=1", "minutes=10"]
@@ -131,6 +133,25 @@ def test_a_training_on_sessions_with_a_prefix_cache_writes_a_policy_for_them(
     assert 0.0 < best <= 1.0
     about = read_learned(tmp_path / "best" / "policy.json", "ServeTrace").about
     assert about["environment"]["sources"] == ["chats"]
+
+
+def test_a_critic_with_foresight_trains_a_policy_that_needs_none(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
+    more = ["algorithm.foresight=true", "+env.kwargs.actions.memory_range=true"]
+    cfg = small(*SMALL_SERVE, "num_envs=4", *more, "iterations=2")
+    train(cfg, tmp_path)
+    assert pd.read_csv(tmp_path / "progress.csv")["critic_explained"].between(-5.0, 1.0).all()
+    learned = read_learned(tmp_path / "best" / "policy.json", "ServeTrace")
+    setting = ServeSetting(**environment_kwargs(cfg))
+    assert learned.network.inputs == setting.table.features == ServeSetting().table.features + 2
+    assert "foresight" not in learned.about["environment"]
+    assert learned.about["training"]["algorithm"]["foresight"] is True
+    policy = learned_serve(PolicyContext.of(setting.server), path=str(tmp_path / "best" / "policy.json"))
+    window = Window(source="burst", start_s=300.0, rate=1.0, budget="cotenant", budget_seed=4)
+    engine = setting.build_engine(window, policy.first_plan)
+    assert policy(engine.run_until(1.0)) in setting.actions.plans
 
 
 @pytest.mark.parametrize(
