@@ -144,8 +144,19 @@ PLANS: Mapping[str, Check] = {
         _all(_optional(lambda value: _number(value) and value > 0)),
         "a list of numbers of seconds above 0, or null",
     ),
+    "kv_bits": (_all(lambda value: _whole(value) or isinstance(value, str)), "a list of whole numbers, or hidden"),
+    "compute_bits": (_all(_whole), "a list of whole numbers"),
+    "kv_only": (_all(_whole), "a list of whole numbers"),
+    "kv_compression": (
+        _all(_optional(lambda value: isinstance(value, Mapping))),
+        "a list of {method: NAME, percent: NUMBER} or null",
+    ),
+    "streamed": (_all(_whole), "a list of whole numbers"),
+    "ffn_width": (_all(_whole), "a list of whole numbers"),
+    "memory_range": (_flag, "true or false"),
     "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, at least 0"),
 }
+"""The options of ``sim.policies.observation.serve.serve_actions``, which checks their values."""
 TRAINING: Mapping[str, Check] = {
     "seconds": (_number, "a number"),
     "validation_utility": (_number, "a number"),
@@ -209,10 +220,19 @@ def _check_plans(about: Mapping[str, Any]) -> None:
         if key not in PLANS:
             raise ValueError(f"unknown key plans.{reprlib.repr(key)}; {nearest(key, PLANS)}")
     _check(plans, PLANS, "plans.")
-    count = math.prod(len(plans.get(key, (0,))) for key in ("drops", "low_layers", "admits", "waits", "runs"))
+    count = _plan_count(plans)
     actions = math.prod(about.get("heads", about["layers"][-1][:1]))
     if plans and count != actions:
         raise ValueError(f"plans lists {count} plans, but the network has {actions} actions")
+
+
+def _plan_count(plans: Mapping[str, Any]) -> int:
+    """Return how many plans the lists of a table combine to: all but compressed hidden states."""
+    count = math.prod(len(value) for key, value in plans.items() if isinstance(value, list) and key != "order")
+    compressions = plans.get("kv_compression", [None])
+    hidden = [kept for kept in plans.get("kv_bits", [16]) if isinstance(kept, str)]
+    kept = max(1, len(plans.get("kv_bits", [16])) * len(compressions))
+    return count * (kept - len(hidden) * sum(way is not None for way in compressions)) // kept
 
 
 def strict_json(text: str) -> Any:

@@ -37,6 +37,7 @@ from sim.policies.learned import Network, read_learned
 from sim.policies.learned_serve import learned_serve
 from tests.agents.helpers import composed, run_module, utilities_around_imitation
 
+BURST = Window(source="burst", start_s=300.0, rate=1.0, budget="cotenant", budget_seed=4)
 SMALL = ["num_envs=8", "hidden=[16]", "validate_every=1", "minutes=10"]
 SMALL_PPO = ["algorithm=ppo", "algorithm.steps_an_iteration=256", "algorithm.minibatch=128", "algorithm.epochs=2"]
 SMALL_DQN = ["algorithm=dqn", "algorithm.learning_starts=100", "algorithm.steps_an_update=64", "algorithm.batch=64"]
@@ -135,6 +136,30 @@ def test_a_training_on_sessions_with_a_prefix_cache_writes_a_policy_for_them(
     assert about["environment"]["sources"] == ["chats"]
 
 
+KNOBS = (
+    "env.kwargs.actions.drops=[0,2]",
+    "env.kwargs.actions.runs=[null]",
+    "+env.kwargs.actions.kv_bits=[16,8]",
+    "+env.kwargs.actions.streamed=[0,4]",
+    "+env.kwargs.actions.ffn_width=[8,7]",
+    "+env.kwargs.actions.kv_compression=[null,{method:ada_kv,percent:70}]",
+    "env.kwargs.quality=llama2_7b_transferred",
+    "~imitate",
+)
+
+
+def test_a_policy_that_chooses_from_every_knob_can_be_read_and_run(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
+    cfg = small("experiment=ppo_serve", *SMALL_PPO[1:], "num_envs=4", *KNOBS, "iterations=1")
+    train(cfg, tmp_path)
+    setting = ServeSetting(**environment_kwargs(cfg))
+    policy = learned_serve(PolicyContext.of(setting.server), path=str(tmp_path / "best" / "policy.json"))
+    engine = setting.build_engine(BURST, policy.first_plan)
+    assert policy(engine.run_until(1.0)) in setting.actions.plans
+
+
 def test_a_critic_with_foresight_trains_a_policy_that_needs_none(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,8 +174,7 @@ def test_a_critic_with_foresight_trains_a_policy_that_needs_none(
     assert "foresight" not in learned.about["environment"]
     assert learned.about["training"]["algorithm"]["foresight"] is True
     policy = learned_serve(PolicyContext.of(setting.server), path=str(tmp_path / "best" / "policy.json"))
-    window = Window(source="burst", start_s=300.0, rate=1.0, budget="cotenant", budget_seed=4)
-    engine = setting.build_engine(window, policy.first_plan)
+    engine = setting.build_engine(BURST, policy.first_plan)
     assert policy(engine.run_until(1.0)) in setting.actions.plans
 
 

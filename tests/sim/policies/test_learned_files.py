@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -17,9 +18,10 @@ from sim.cost.model_spec import load_model
 from sim.errors import ConfigError, RapLabError
 from sim.policies.base import PolicyContext
 from sim.policies.learned import Network, prune_network, read_learned
-from sim.policies.learned_files import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, strict_json
+from sim.policies.learned_files import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, PLANS, _plan_count, strict_json
 from sim.policies.learned_serve import learned_serve
 from sim.policies.observation.prune import prune_table
+from sim.policies.observation.serve import serve_actions
 from tests.sim.policies.test_learned import exported
 from tests.sim.serving import TINY
 
@@ -281,3 +283,22 @@ def test_a_network_that_overflows_still_chooses_a_legal_action() -> None:
         for legal in (np.array([False, True, False]), np.array([False, False, True])):
             for one in (network, lone):
                 assert legal[one.act(np.full(2, 9.0, np.float32), legal)]
+
+
+def test_every_option_of_a_table_of_plans_may_stand_in_the_file() -> None:
+    """So a policy of any table that can be trained can be read."""
+    assert set(PLANS) == set(inspect.signature(serve_actions).parameters) - {"model", "workspace_bytes"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"kv_bits": [16, 8, "hidden"]},
+        {"kv_bits": [16, "hidden"], "kv_compression": [None, {"method": "ada_kv", "percent": 70}], "streamed": [0, 4]},
+        {"compute_bits": [16, 8], "kv_only": [0, 4], "ffn_width": [8, 7], "memory_range": True},
+    ],
+)
+def test_the_plans_of_a_file_are_counted_as_the_table_combines_them(more: dict[str, Any]) -> None:
+    options = {"order": ["MHA20", "FFN3"], "drops": [0, 2], "waits": [1.0, None, 2.0], **more}
+    assert _plan_count(options) == len(serve_actions(load_model("llama2_7b"), **options).plans)
