@@ -95,9 +95,8 @@ class ClusterSetting(ServeSetting):
             kwargs: arguments of ``ServeSetting``; the default ``actions`` are ``CLUSTER_ACTIONS``.
         """
         super().__init__(**{"actions": CLUSTER_ACTIONS, **kwargs})
-        if self.foreseen or self.actions.memory_range:
-            name = "foresight" if self.foreseen else "actions.memory_range"
-            raise ConfigError(f"{name} is for ServeTrace alone; leave it out")
+        if self.foreseen:
+            raise ConfigError("foresight is for ServeTrace alone; leave it out")
         if replicas < 1 or not 0.0 <= own_share <= 1.0:
             raise ConfigError(
                 f"replicas is {replicas} and own_share is {own_share}; replicas must be at least 1, own_share in [0, 1]"

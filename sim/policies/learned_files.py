@@ -153,7 +153,6 @@ PLANS: Mapping[str, Check] = {
     ),
     "streamed": (_all(_whole), "a list of whole numbers"),
     "ffn_width": (_all(_whole), "a list of whole numbers"),
-    "memory_range": (_flag, "true or false"),
     "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, at least 0"),
 }
 """The options of ``sim.policies.observation.serve.serve_actions``, which checks their values."""

@@ -70,7 +70,6 @@ class ServeActions(Immutable):
     levels: for each plan, its position in the lists of drops, low layers and admission limits, in [0, 1].
     extra_entries: what is observed in addition, where plans differ in what the levels do not say.
     extras: for each plan, the values of these entries.
-    memory_range: whether the least and the most memory of the last minute are observed in addition.
     groups: plans with the same number have the same weights. low: whether a plan has layers at low precision.
     low_bits: whether the server has low-precision copies of the weights; plans that need them are illegal otherwise.
     starts: the plan before the first decision: with low-precision copies, and without.
@@ -90,7 +89,6 @@ class ServeActions(Immutable):
     workspace_bytes: int
     low_bits: bool = True
     starts: tuple[int, int] = (0, 0)
-    memory_range: bool = False
 
     def without_low_bits(self) -> ServeActions:
         """Return the same table for a server that has no low-precision copies of the weights."""
@@ -171,7 +169,6 @@ def serve_actions(
     ffn_width: Sequence[int] = (FULL_WIDTH,),
     start_drops: int | None = None,
     dwell_s: float = 0.0,
-    memory_range: bool = False,
     workspace_bytes: int = 0,
 ) -> ServeActions:
     """Return the plans of all combinations of the lists.
@@ -196,7 +193,7 @@ def serve_actions(
             dropped, or, where there are no copies, with at least this many blocks dropped, as far as the table goes. An
             engine refuses prompts that do not fit the memory that its first plan leaves for KV, so a start with full
             weights can refuse long ones forever.
-        dwell_s, memory_range, workspace_bytes: as in ``ServeActions``.
+        dwell_s, workspace_bytes: as in ``ServeActions``.
     Raises:
         PlanError: for a plan that is not legal, or an order made for another model.
         ConfigError: for a list that is empty, or has an entry that is not allowed, or one twice, or if there is no plan
@@ -205,8 +202,6 @@ def serve_actions(
     check_made_for(model, made_for, "actions")
     if not is_positive(dwell_s) and dwell_s != 0.0:
         raise ConfigError(f"actions.dwell_s is {dwell_s!r:.80}; it must be a finite number of seconds from 0 on")
-    if not isinstance(memory_range, bool):
-        raise ConfigError(f"actions.memory_range is {memory_range!r:.80}; it must be true or false")
     if start_drops is not None and not (is_whole(start_drops) and start_drops >= 0):
         raise ConfigError(
             f"actions.start_drops is {start_drops!r:.80}; it must be a whole number of blocks from 0 on, or null"
@@ -302,7 +297,6 @@ def serve_actions(
         dwell_s=dwell_s,
         workspace_bytes=workspace_bytes,
         starts=(lowest if max(low_layers) else dropping, dropping),
-        memory_range=memory_range,
     )
 
 
@@ -390,8 +384,6 @@ def _limit_name(max_waiting: int | None, max_wait_s: float | None, max_running: 
 # --- Observations ----------------------------------------------------------------------------------------------------
 
 SMOOTHING_S = (1.0, 10.0, 60.0)
-FORGOTTEN_S = 60.0
-"""In these seconds, the least and the most memory come nearer to the present by all but 1 / e of the distance."""
 SERVER_ENTRIES = (
     Entry("waiting", "log2(1 + requests) / 10", 0.0, 1.0, "requests that wait"),
     Entry("waiting_tokens", "log2(1 + tokens) / 20", 0.0, 1.0, "their prompts"),
@@ -443,17 +435,11 @@ EXTRA_ENTRIES = (
     Entry("ffn_width", "share", 0.0, 1.0, "of the channels of FFN blocks that the present choice runs"),
 )
 """Observed in addition where plans differ in them."""
-RANGE_ENTRIES = (
-    Entry("least_budget_60s", "of dense weights / 8", 0.0, 1.0, "least memory so far, forgotten over sixty seconds"),
-    Entry("most_budget_60s", "of dense weights / 8", 0.0, 1.0, "most memory so far, forgotten over sixty seconds"),
-)
-"""Observed in addition with ``memory_range``: how low memory may fall again, and how high it may rise, unannounced."""
 
 
 def serve_table(actions: ServeActions) -> ObservationSpec:
     """Return the table of ``ServeTrace``."""
-    more = RANGE_ENTRIES if actions.memory_range else ()
-    return ObservationSpec(SERVE_ENTRIES + actions.extra_entries + more, actions.names)
+    return ObservationSpec(SERVE_ENTRIES + actions.extra_entries, actions.names)
 
 
 def replica_table(actions: ServeActions) -> ObservationSpec:
@@ -500,7 +486,6 @@ class ServeObserver:
     """Turns successive states into observations; each replay needs a new one.
 
     counters: the counters of the last state. rates: their smoothed rates per second, one list per ``SMOOTHING_S``.
-    least_bytes, most_bytes: the least and the most memory so far; NaN before the first state.
     """
 
     model: ModelSpec
@@ -511,8 +496,6 @@ class ServeObserver:
     time_s: float = 0.0
     counters: tuple[float, ...] = (0.0,) * len(_ALL_COUNTERS)
     rates: list[list[float]] = field(default_factory=lambda: [[0.0] * len(_ALL_COUNTERS) for _ in SMOOTHING_S])
-    least_bytes: float = math.nan
-    most_bytes: float = math.nan
 
     def __post_init__(self) -> None:
         self.dense_bytes = float(weight_bytes(self.model, dense_plan(self.model)))
@@ -559,22 +542,12 @@ class ServeObserver:
             log_scaled(sixty[4] / sixty[10], 12.0) if sixty[10] > 1e-6 else 0.0,
             *limit_entries(self.actions.plans[choice.action]),
             *self.actions.extras[choice.action],
-            *(min(seen / dense / 8.0, 1.0) for seen in self._memory_range()),
         )
         return np.array(values, dtype=np.float32)
 
-    def _memory_range(self) -> tuple[float, ...]:
-        """Return the least and the most memory of the last minute, in bytes, if they are observed."""
-        return (self.least_bytes, self.most_bytes) if self.actions.memory_range else ()
-
     def _smooth(self, state: EngineState) -> None:
-        """Update the smoothed rates, and the range of memory, to a state."""
+        """Update the smoothed rates to a state."""
         passed_s = state.time_s - self.time_s
-        budget, forgotten = float(state.budget_bytes), 1.0 - math.exp(-max(passed_s, 0.0) / FORGOTTEN_S)
-        if math.isnan(self.least_bytes):
-            self.least_bytes = self.most_bytes = budget
-        self.least_bytes = min(budget, self.least_bytes + forgotten * (budget - self.least_bytes))
-        self.most_bytes = max(budget, self.most_bytes + forgotten * (budget - self.most_bytes))
         counters = tuple(float(getattr(state, name)) for name in _ALL_COUNTERS)
         if passed_s > 0.0:
             now = [(new - old) / passed_s for new, old in zip(counters, self.counters, strict=True)]
@@ -626,8 +599,6 @@ class ServeObservers:
     _needs_low: Bools = field(init=False)
     _low_bits: Bools = field(init=False)
     _low_loss: Floats = field(init=False)
-    _least_bytes: Floats = field(init=False)
-    _most_bytes: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         n, counters = self.size, len(_COUNTER_COLUMNS)
@@ -641,7 +612,6 @@ class ServeObservers:
         self.action, self.changed_s = np.zeros(n, dtype=np.int64), np.full(n, -math.inf)
         self._time_s, self._counters = np.zeros(n), np.zeros((n, counters))
         self._rates = np.zeros((len(SMOOTHING_S), n, counters))
-        self._least_bytes, self._most_bytes = np.full(n, math.nan), np.full(n, math.nan)
 
     def begin(self, at: int, *, low_bits: bool = True, low_loss: float = 0.0) -> None:
         """Begin a new episode at position ``at``; ``low_bits`` as in ``ServeActions``, ``low_loss`` as in ``Terms``."""
@@ -649,7 +619,6 @@ class ServeObservers:
         self.action[at] = self.actions.starts[0 if low_bits else 1]
         self.changed_s[at], self._time_s[at] = -math.inf, 0.0
         self._counters[at], self._rates[:, at] = 0.0, 0.0
-        self._least_bytes[at] = self._most_bytes[at] = math.nan
 
     def legal(self, seen: Floats) -> Bools:
         """Return which plans may be chosen, bool[n, actions]; ``seen`` is float64[n, batch_step.SEEN_COLUMNS]."""
@@ -716,19 +685,12 @@ class ServeObservers:
         np.clip(found, _LOWEST, _HIGHEST, out=found)
         if self.actions.extra_entries:
             found = np.concatenate([found, self._extras[self.action].T])
-        if self.actions.memory_range:
-            seen_range = np.stack([self._least_bytes, self._most_bytes]) / dense / 8.0
-            found = np.concatenate([found, np.minimum(seen_range, 1.0)])
         return found.T.astype(np.float32)
 
     def _smooth(self, seen: Floats) -> None:
         counters = seen[:, _COUNTER_COLUMNS]
         passed_s = seen[:, batch_step.TIME_S] - self._time_s
         later = passed_s > 0.0
-        budget, forgotten = seen[:, batch_step.BUDGET_BYTES], 1.0 - np.exp(-np.maximum(passed_s, 0.0) / FORGOTTEN_S)
-        for bound, nearest_of in ((self._least_bytes, np.minimum), (self._most_bytes, np.maximum)):
-            known = np.where(np.isnan(bound), budget, bound)
-            bound[:] = nearest_of(budget, known + forgotten * (budget - known))
         now = (counters - self._counters) / np.where(later, passed_s, 1.0)[:, None]
         for rates, scale_s in zip(self._rates, SMOOTHING_S, strict=True):
             weight = np.where(later, 1.0 - np.exp(-passed_s / scale_s), 0.0)

@@ -98,5 +98,3 @@ def test_without_it_nothing_is_added() -> None:
 def test_a_cluster_has_none() -> None:
     with pytest.raises(ConfigError, match="foresight is for ServeTrace alone"):
         ClusterSetting(foresight=True)
-    with pytest.raises(ConfigError, match=r"actions.memory_range is for ServeTrace alone"):
-        ClusterSetting(actions={"drops": [0], "memory_range": True})

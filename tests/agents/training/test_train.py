@@ -164,13 +164,12 @@ def test_a_critic_with_foresight_trains_a_policy_that_needs_none(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agents.training.validation.VALIDATION_WINDOWS", 2)
-    more = ["algorithm.foresight=true", "+env.kwargs.actions.memory_range=true"]
-    cfg = small(*SMALL_SERVE, "num_envs=4", *more, "iterations=2")
+    cfg = small(*SMALL_SERVE, "num_envs=4", "algorithm.foresight=true", "iterations=2")
     train(cfg, tmp_path)
     assert pd.read_csv(tmp_path / "progress.csv")["critic_explained"].between(-5.0, 1.0).all()
     learned = read_learned(tmp_path / "best" / "policy.json", "ServeTrace")
     setting = ServeSetting(**environment_kwargs(cfg))
-    assert learned.network.inputs == setting.table.features == ServeSetting().table.features + 2
+    assert learned.network.inputs == setting.table.features
     assert "foresight" not in learned.about["environment"]
     assert learned.about["training"]["algorithm"]["foresight"] is True
     policy = learned_serve(PolicyContext.of(setting.server), path=str(tmp_path / "best" / "policy.json"))

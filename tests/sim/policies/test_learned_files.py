@@ -296,7 +296,7 @@ def test_every_option_of_a_table_of_plans_may_stand_in_the_file() -> None:
         {},
         {"kv_bits": [16, 8, "hidden"]},
         {"kv_bits": [16, "hidden"], "kv_compression": [None, {"method": "ada_kv", "percent": 70}], "streamed": [0, 4]},
-        {"compute_bits": [16, 8], "kv_only": [0, 4], "ffn_width": [8, 7], "memory_range": True},
+        {"compute_bits": [16, 8], "kv_only": [0, 4], "ffn_width": [8, 7]},
     ],
 )
 def test_the_plans_of_a_file_are_counted_as_the_table_combines_them(more: dict[str, Any]) -> None:

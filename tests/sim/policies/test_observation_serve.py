@@ -387,29 +387,3 @@ def test_an_action_is_a_pair_of_weights_and_wait() -> None:
         assert plan.max_wait_s == (0.5, 0.5, 0.9, 0.9)[number % waits]
         assert plan.max_running == (None, 48)[number % 2]
         assert plan.weight_bits == ACTIONS.plans[number - number % waits].weight_bits
-
-
-def test_the_range_of_memory_follows_a_step_at_once_and_is_forgotten_slowly() -> None:
-    actions = serve_actions(MODEL, drops=[0], memory_range=True)
-    table = serve_table(actions)
-    assert [entry.name for entry in table.entries[-2:]] == ["least_budget_60s", "most_budget_60s"]
-    observer = ServeObserver(MODEL, actions, 1)
-    seen = []
-    for time_s, shares in ((1.0, 4.0), (2.0, 2.0), (62.0, 4.0), (63.0, 8.0)):
-        state = EngineState(**{**FIRST, "time_s": time_s, "budget_bytes": int(shares * DENSE_BYTES)})
-        seen.append(observer(state, Choice())[-2:] * 8.0)
-    stays = math.exp(-1.0)
-    assert seen[0] == pytest.approx([4.0, 4.0], rel=1e-6)
-    assert seen[1] == pytest.approx([2.0, 2.0 + 2.0 * math.exp(-1.0 / 60.0)], rel=1e-6)
-    least = 4.0 - 2.0 * stays  # after a minute, of the distance to the present 1 / e is left
-    assert seen[2] == pytest.approx([least, 4.0], rel=1e-6)
-    assert seen[3] == pytest.approx([8.0 - (8.0 - least) * math.exp(-1.0 / 60.0), 8.0], rel=1e-6)
-
-
-def test_the_range_of_memory_is_observed_only_if_asked_for() -> None:
-    assert (
-        serve_table(serve_actions(MODEL, drops=[0])).features
-        == serve_table(serve_actions(MODEL, drops=[0], memory_range=True)).features - 2
-    )
-    with pytest.raises(ConfigError, match=r"actions.memory_range is 1; it must be true or false"):
-        actions_from(MODEL, {"drops": [0], "memory_range": 1}, 0)
