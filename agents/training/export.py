@@ -48,6 +48,8 @@ class ExportConfig:
     guard: for pruning: run greedy_stop's plan unless the network's is clearly better (``sim.policies.prune_guard``).
     pace_share: for serving: bound what runs at once, so that an iteration takes at most this share of the TPOT target
         (``sim.policies.admission.PaceLimit``); null for no bound.
+    wait_share: for serving: in place of the network's limits of the wait, let a request wait for this share of what the
+        TTFT target leaves after the measured time to start (``sim.policies.admission.WaitLimit``); null for those.
     """
 
     run: str = ""
@@ -57,6 +59,7 @@ class ExportConfig:
     cards: bool = False
     guard: bool = False
     pace_share: float | None = None
+    wait_share: float | None = None
 
 
 ConfigStore.instance().store(name="export_schema", node=ExportConfig)
@@ -271,19 +274,25 @@ def add_guard(path: Path) -> None:
     write_json(path, {**learned.about, "guard": guard})
 
 
-def add_pace(path: Path, pace_share: float) -> None:
-    """State the share of the TPOT target in the JSON file of a serving policy.
+BOUNDS = {
+    "pace_share": ("tpot_s", "the time per output token"),
+    "wait_share": ("ttft_s", "the time to the first token"),
+}
+"""Share of a target -> the target, and what it is of."""
+
+
+def add_bound(path: Path, name: str, share: float) -> None:
+    """State one of ``BOUNDS`` in the JSON file of a serving policy.
 
     Raises:
-        ConfigError: for another policy, a share that is not above 0, or training without such a target.
+        ConfigError: for another policy, or training without such a target.
     """
-    learned = read_learned(path, policy_task(path))
-    if learned.about["task"] != "ServeTrace" or not (learned.about.get("slo") or {}).get("tpot_s"):
+    learned, (target, what) = read_learned(path, policy_task(path)), BOUNDS[name]
+    if learned.about["task"] != "ServeTrace" or not (learned.about.get("slo") or {}).get(target):
         raise ConfigError(
-            f"pace_share is {pace_share:g}, but {path.name} was not trained to serve with a target of the time per "
-            "output token; leave pace_share out"
+            f"{name} is {share:g}, but {path.name} was not trained to serve with a target of {what}; leave {name} out"
         )
-    write_json(path, {**learned.about, "pace_share": pace_share})
+    write_json(path, {**learned.about, name: share})
 
 
 def policy_task(path: Path) -> str:
@@ -419,13 +428,15 @@ def _run(cfg: DictConfig) -> None:
         raise ConfigError("set run=FOLDER for one training, or 'runs=FOLDERS' for the average of several")
     folders = [Path(cfg.run)] if cfg.run else run_folders(runs)
     target = target_file(str(cfg.name), str(cfg.out), folders[0] if cfg.run else folders[0].parent)
-    if cfg.pace_share is not None and not 0.0 < cfg.pace_share < math.inf:
-        raise ConfigError(f"pace_share is {cfg.pace_share}; it must be a share of the TPOT target above 0, such as 1.0")
+    shares = {name: cfg[name] for name in BOUNDS if cfg[name] is not None}
+    for name, share in shares.items():
+        if not 0.0 < share < math.inf:
+            raise ConfigError(f"{name} is {share}; it must be a share of {BOUNDS[name][1]} above 0, such as 0.9")
     target = export(folders[0], target) if cfg.run else export_average(folders, target)
     if cfg.guard:
         add_guard(target)
-    if cfg.pace_share is not None:
-        add_pace(target, float(cfg.pace_share))
+    for name, share in shares.items():
+        add_bound(target, name, float(share))
     learned = read_learned(target, policy_task(target))
     utility = learned.about.get("training", {}).get("validation_utility")
     validated = "" if utility is None else f", validation utility {utility:.4f}"

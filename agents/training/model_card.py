@@ -66,7 +66,9 @@ def _network(about: Mapping[str, Any]) -> str:
     guard = "; a guard keeps greedy_stop's plan unless another is clearly better" if "guard" in about else ""
     pace = about.get("pace_share")
     paced = "" if pace is None else f"; as many requests run as meet {pace:g} of the target per output token"
-    return f"{kind} {sizes}, {about['parameters']:,} parameters{guard}{paced}"
+    wait = about.get("wait_share")
+    waits = "" if wait is None else f"; a request waits for {wait:g} of what the target of the first token leaves"
+    return f"{kind} {sizes}, {about['parameters']:,} parameters{guard}{paced}{waits}"
 
 
 def _slo(about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -102,24 +102,54 @@ class PaceLimit:
 
 
 @dataclass(slots=True)
-class Saber:
-    """Follows another policy; rejects a request when its first token can no longer come in time.
+class WaitLimit:
+    """Limits how long a request waits, so that its first token can still come in time.
 
     ttft_s: the target. margin: share of it that is used.
     start_s: measured seconds from admission to the first token, the mean TTFT of an interval minus the wait at the head
-    of the queue. pace: the limit of running requests; None for no target per output token.
+    of the queue.
+    """
+
+    ttft_s: float
+    margin: float
+    start_s: Mean = field(default_factory=lambda: Mean(10.0))
+    before: EngineState | None = None
+
+    def measure(self, state: EngineState) -> None:
+        """Add what was seen since the last state."""
+        before, self.before = self.before, state
+        if before is None or state.time_s <= before.time_s:
+            return
+        begun = state.first_tokens - before.first_tokens
+        if begun > 0:
+            waited_s = (before.oldest_wait_s + state.oldest_wait_s) / 2.0
+            start_s = max(0.0, (state.ttft_sum_s - before.ttft_sum_s) / begun - waited_s)
+            self.start_s.add(start_s, state.time_s - before.time_s)
+
+    def limited(self, plan: Plan) -> Plan:
+        """Return the plan with the tighter of its own limit and this one; before anything was measured, of the target.
+
+        No speed is known yet then.
+        """
+        start_s = 0.0 if math.isnan(self.start_s.value) else self.start_s.value
+        wait_s = max(1, math.floor(self.margin * (self.ttft_s - start_s) / WAIT_STEP_S + 1e-9)) * WAIT_STEP_S
+        return replace(plan, max_wait_s=wait_s if plan.max_wait_s is None else min(wait_s, plan.max_wait_s))
+
+
+@dataclass(slots=True)
+class Saber:
+    """Follows another policy; rejects a request when its first token can no longer come in time.
+
+    pace: the limit of running requests; None for no target per output token.
     """
 
     policy: Policy
-    ttft_s: float
-    margin: float
-    start_s: Mean
+    wait: WaitLimit
     pace: PaceLimit | None = None
-    before: EngineState | None = None
 
     @property
     def first_plan(self) -> Plan:
-        """The other policy's first plan; a request may wait for the target, since no speed is known yet."""
+        """The other policy's first plan, limited."""
         return self._limited(self.policy.first_plan)
 
     @property
@@ -128,28 +158,14 @@ class Saber:
         return plans_of(self.policy)
 
     def __call__(self, state: EngineState) -> Plan:
-        """Measure since the last decision; return the other policy's plan with the limit that follows."""
-        before, self.before = self.before, state
-        if before is not None and state.time_s > before.time_s:
-            self._measure(before, state)
+        """Measure since the last decision; return the other policy's plan with the limits that follow."""
+        self.wait.measure(state)
         if self.pace is not None:
             self.pace.measure(state)
         return self._limited(self.policy(state))
 
-    def _measure(self, before: EngineState, state: EngineState) -> None:
-        passed_s = state.time_s - before.time_s
-        begun = state.first_tokens - before.first_tokens
-        if begun > 0:
-            waited_s = (before.oldest_wait_s + state.oldest_wait_s) / 2.0
-            self.start_s.add(max(0.0, (state.ttft_sum_s - before.ttft_sum_s) / begun - waited_s), passed_s)
-
     def _limited(self, plan: Plan) -> Plan:
-        start_s = 0.0 if math.isnan(self.start_s.value) else self.start_s.value
-        steps = max(1, math.floor(self.margin * (self.ttft_s - start_s) / WAIT_STEP_S + 1e-9))
-        wait_s = steps * WAIT_STEP_S
-        if plan.max_wait_s is not None:
-            wait_s = min(wait_s, plan.max_wait_s)
-        plan = replace(plan, max_wait_s=wait_s)
+        plan = self.wait.limited(plan)
         return plan if self.pace is None else self.pace.limited(plan)
 
 
@@ -231,7 +247,8 @@ def saber(
     inner = built(policy, served)
     if limit == "requests":
         return SaberQueue(inner, ttft_s, margin, least, most, Mean(smoothing_s))
-    return Saber(inner, ttft_s, margin, Mean(smoothing_s), None if tpot_s is None else PaceLimit(margin * tpot_s))
+    wait = WaitLimit(ttft_s, margin, Mean(smoothing_s))
+    return Saber(inner, wait, None if tpot_s is None else PaceLimit(margin * tpot_s))
 
 
 def built(policy: Any, served: PolicyContext) -> Policy:

@@ -110,6 +110,7 @@ OPTIONAL: Mapping[str, Check] = {
     "slo": TABLE,
     "low_loss": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
     "pace_share": (lambda value: _number(value) and value > 0, "a share of the TPOT target, above 0"),
+    "wait_share": (lambda value: _number(value) and value > 0, "a share of the TTFT target, above 0"),
 }
 GUARD: Mapping[str, Check] = {
     "rule": (lambda value: value == "greedy_stop", "greedy_stop"),
@@ -118,6 +119,7 @@ GUARD: Mapping[str, Check] = {
     "margin_nats": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
 }
 SLO: Mapping[str, Check] = {
+    "ttft_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
     "tpot_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
 }
 ENVIRONMENT: Mapping[str, Check] = {

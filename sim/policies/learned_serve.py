@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
-from sim.policies.admission import PaceLimit
+from sim.policies.admission import PaceLimit, WaitLimit
 from sim.policies.base import PolicyContext
 from sim.policies.learned import Learned, Network, check_tables, read_learned
 from sim.policies.observation.prune import ObservationSpec
@@ -33,7 +33,8 @@ class LearnedServe:
 
     reads: how many of the first entries of an observation the network reads.
     pace: bounds what runs at once, in addition to the plan's own limit, so that the TPOT target is met; None for no
-        bound. The network observes its own choice.
+        bound. wait: bounds the wait in place of the plan's own limit, so that the TTFT target is met; None leaves that.
+        The network observes its own choice.
     """
 
     network: Network
@@ -41,6 +42,7 @@ class LearnedServe:
     observer: ServeObserver
     reads: int
     pace: PaceLimit | None = None
+    wait: WaitLimit | None = None
     choice: Choice = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,8 +50,8 @@ class LearnedServe:
 
     @property
     def first_plan(self) -> Plan:
-        """The plan that training started with."""
-        return self.actions.plans[self.actions.start]
+        """The plan that training started with, bounded."""
+        return self._bounded(self.actions.plans[self.actions.start])
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -61,10 +63,15 @@ class LearnedServe:
         features = self.observer(state, self.choice)[: self.reads]
         action = int(self.network.act(features, self.actions.legal(state, self.choice)))
         self.choice = self.actions.chosen(state, self.choice, action)
-        if self.pace is None:
-            return self.actions.plans[action]
-        self.pace.measure(state)
-        return self.pace.limited(self.actions.plans[action])
+        for bound in (self.wait, self.pace):
+            if bound is not None:
+                bound.measure(state)
+        return self._bounded(self.actions.plans[action])
+
+    def _bounded(self, plan: Plan) -> Plan:
+        if self.wait is not None:
+            plan = self.wait.limited(replace(plan, max_wait_s=None))
+        return plan if self.pace is None else self.pace.limited(plan)
 
 
 def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) -> LearnedServe:
@@ -87,9 +94,11 @@ def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) ->
     block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
     terms = _terms(learned, served, actions)
     observer = ServeObserver(served.model, actions, block_bytes, terms)
-    share = learned.about.get("pace_share")
+    share, ttft_s = learned.about.get("pace_share"), (learned.about.get("slo") or {}).get("ttft_s")
     pace = None if share is None or math.isinf(terms.tpot_s) else PaceLimit(share * terms.tpot_s)
-    return LearnedServe(learned.network, actions, observer, reads, pace)
+    share = learned.about.get("wait_share")
+    wait = None if share is None or ttft_s is None else WaitLimit(float(ttft_s), share)
+    return LearnedServe(learned.network, actions, observer, reads, pace, wait)
 
 
 def _terms(learned: Learned, served: PolicyContext, actions: ServeActions) -> Terms:

@@ -194,6 +194,34 @@ def test_a_bound_of_the_pace_lowers_what_runs_and_nothing_else(tmp_path: Path) -
         learned_serve(context, path=str(path))
 
 
+def test_a_bound_of_the_wait_replaces_the_limit_of_the_network(tmp_path: Path) -> None:
+    setting = ServeSetting(slo="ttft_2s_tpot_100ms")
+    features, outputs = setting.table.features, len(setting.actions.plans)
+    weight, bias = np.zeros((outputs, features), dtype=np.float32), np.zeros(outputs, dtype=np.float32)
+    bias[setting.actions.start] = 1.0
+    path, about = write_linear_policy(tmp_path, "ServeTrace", setting, weight, bias)
+    path.write_text(json.dumps({**about, "wait_share": 0.8}))
+    policy = learned_serve(PolicyContext.of(setting.server), path=str(path))
+    start = setting.actions.plans[setting.actions.start]
+    assert start.max_wait_s == 1.0
+    assert policy.first_plan == replace(start, max_wait_s=pytest.approx(1.6))  # 0.8 of 2 s: nothing is measured yet
+    engine = setting.build_engine(replace(WINDOW, source="gamma", rate=3.0, budget="full"), policy.first_plan)
+    before = engine.run_until(setting.tick_s)
+    engine.apply(policy(before))
+    state = engine.run_until(2.0 * setting.tick_s)
+    plan = policy(state)
+    waited_s = (before.oldest_wait_s + state.oldest_wait_s) / 2.0
+    begun = state.first_tokens - before.first_tokens
+    started_s = max(0.0, (state.ttft_sum_s - before.ttft_sum_s) / begun - waited_s)
+    assert started_s > 0.1
+    assert plan.max_wait_s == pytest.approx(math.floor(0.8 * (2.0 - started_s) / 0.05 + 1e-9) * 0.05)
+    assert replace(plan, max_wait_s=1.0) == start
+    for bad in (0.0, -1.0, "x"):
+        path.write_text(json.dumps({**about, "wait_share": bad}))
+        with pytest.raises(ConfigError, match=r"wait_share is .*; it must be a share of the TTFT target, above 0"):
+            learned_serve(PolicyContext.of(setting.server), path=str(path))
+
+
 def test_no_training_window_overlaps_the_time_of_validation_or_test() -> None:
     windows, rng = serve_windows(), np.random.default_rng(0)
     spans = {split: windows.span_s("burst", split) for split in ("train", "validation", "test")}  # type: ignore[arg-type]

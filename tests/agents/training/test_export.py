@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from agents.training.export import (
-    add_pace,
+    add_bound,
     export,
     export_average,
     next_command,
@@ -204,17 +204,21 @@ def test_a_policy_that_is_no_option_says_how_to_run_a_file() -> None:
         option_path("policy", "mine")
 
 
-def test_only_a_policy_that_serves_with_a_target_per_token_gets_a_bound_of_its_pace(tmp_path: Path) -> None:
+def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it(tmp_path: Path) -> None:
     target = export(training(tmp_path / "serve", "learned_serve_llama2"), tmp_path / "mine.json")
-    add_pace(target, 0.9)
-    assert read_learned(target, "ServeTrace").about["pace_share"] == 0.9
+    for name, share in (("pace_share", 0.9), ("wait_share", 0.7)):
+        add_bound(target, name, share)
+        assert read_learned(target, "ServeTrace").about[name] == share
     for name in ("learned_prune_smollm2", "learned_serve_smollm2"):  # the second has a target for the first token alone
         other = export(training(tmp_path / name, name), tmp_path / f"{name}.json")
         with pytest.raises(ConfigError, match="was not trained to serve with a target of the time per output token"):
-            add_pace(other, 0.9)
+            add_bound(other, "pace_share", 0.9)
+    add_bound(tmp_path / "learned_serve_smollm2.json", "wait_share", 0.7)
+    with pytest.raises(ConfigError, match="was not trained to serve with a target of the time to the first token"):
+        add_bound(tmp_path / "learned_prune_smollm2.json", "wait_share", 0.7)
     done = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "pace_share=0")
     assert done.returncode == 2
-    assert "pace_share is 0.0; it must be a share of the TPOT target above 0" in done.stderr
+    assert "pace_share is 0.0; it must be a share of the time per output token above 0" in done.stderr
 
 
 @pytest.mark.parametrize("path", shipped_policies(), ids=lambda path: path.stem)
