@@ -6,6 +6,7 @@ size of the network; all other training settings are ours.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,6 +189,8 @@ def marwil(
     Raises:
         ConfigError: if the folder has episodes that are damaged, or of another environment.
     """
+    # Ray Data describes every execution, and at the end of the process that Ray has ended before it.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     path = REPOSITORY / data / FILE
     env = gym.make(setup.env, **setup.env_kwargs)
     assert isinstance(env.observation_space, gym.spaces.Box)

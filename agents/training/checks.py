@@ -22,6 +22,7 @@ from agents.training.episodes import FILE, read_recorded
 from sim.errors import ConfigError, RapLabError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.learned import ACTIVATIONS, read_learned
+from sim.policies.learned_files import MAX_SIZE
 
 Setting = PruneSetting | ServeSetting
 
@@ -137,6 +138,7 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "share": (_number(0.0, 1.0, above=True), "a number above 0, at most 1"),
         "episodes": COUNT,
     },
+    "agents.training.imitate.imitate_nothing": {},
     "agents.training.imitate.imitate_policy": {**FIT, "path": TEXT, "temperature": POSITIVE, "windows": COUNT},
 }
 """The keys that each ``_target_`` takes, with the values that each may have."""
@@ -181,7 +183,19 @@ def check_training(cfg: DictConfig) -> None:
                 f"algorithm.{less} is {algorithm[less]}, but algorithm.{more} is only {algorithm[more]}; it must be at "
                 "most as large"
             )
+    if values["env"]["kwargs"].get("foresight"):
+        raise ConfigError("env.kwargs.foresight is for the critic alone; set algorithm.foresight=true in its place")
+    if algorithm.get("foresight") and "data" in (values.get("imitate") or {}):
+        raise ConfigError(
+            "algorithm.foresight is true, but recorded episodes (imitate.data) do not say what came; set it to false, "
+            "or start in another way, such as imitate=none"
+        )
     setting = check_environment(values)
+    if int(setting.action_space.n) > MAX_SIZE:
+        raise ConfigError(
+            f"the table has {int(setting.action_space.n):,} plans, and the file of a policy at most {MAX_SIZE:,}; "
+            "shorten the lists of env.kwargs.actions"
+        )
     _check_files(values, setting)
 
 
@@ -193,7 +207,8 @@ def _check(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str) 
 
 def _check_target(node: Any, group: str) -> None:
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(f"{group} is {node!r}; choose an option of conf/{group}, such as {group}=...")
+        without = ", or imitate=none for no imitation" if group == "imitate" else ""
+        raise ConfigError(f"{group} is {node!r}; choose an option of conf/{group}, such as {group}=...{without}")
     checks = VALUES.get(str(node["_target_"]))
     if checks is None:
         return  # one's own, which checks its own values
@@ -268,7 +283,8 @@ def _check_files(values: Mapping[str, Any], setting: Setting) -> None:
         imitated_plan(setting.actions, imitate["plan"])
     if "path" in imitate and "temperature" in imitate:
         path = imitate["path"]
-        network = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace").network
+        learned = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace")
+        network = learned.network
         if network.members > 1:
             raise ConfigError(
                 f"imitate.path: {path} averages {network.members} networks; a training starts from one of them, "
@@ -279,6 +295,12 @@ def _check_files(values: Mapping[str, Any], setting: Setting) -> None:
             raise ConfigError(
                 f"hidden is {values['hidden']}, but the policy of imitate.path has hidden layers of {sizes}; set "
                 f"hidden={sizes}"
+            )
+        if isinstance(setting, ServeSetting) and learned.about["actions"] != list(setting.actions.names):
+            raise ConfigError(
+                f"imitate.path: {path} chooses from {len(learned.about['actions'])} plans, and this training from "
+                f"{len(setting.actions.names)}, of which some differ; set env.kwargs.actions to the plans of that "
+                "file, or imitate=none"
             )
 
 
@@ -308,17 +330,27 @@ def check_resumed(cfg: DictConfig, folder: Path) -> None:
     now = dict(_leaves(values))
     if "imitate" in began and (began["imitate"] is None) != (values["imitate"] is None):
         now["imitate"], stored["imitate"] = (_target(one["imitate"]) for one in (values, began))
-    # A key that was added or removed between two versions is no change that the user made.
+    # A key that was added or removed between two versions is no change that the user made. The environment's arguments
+    # are: which there are says the user, and a value that is left out has a default.
     changed = [
         key
-        for key, value in now.items()
-        if key in stored and stored[key] != value and key not in FREE and not key.startswith("ray.")
+        for key in dict.fromkeys([*now, *stored])
+        if (key in now and key in stored) or key.startswith("env.kwargs.")
+        if now.get(key, NOT_SET) != stored.get(key, NOT_SET) and key not in FREE and not key.startswith("ray.")
     ]
     if changed:
-        both = "; ".join(f"{key} is {now[key]!r}, but the run began with {stored[key]!r}" for key in changed[:5])
+        both = "; ".join(
+            f"{key} is {repr(now[key]) if key in now else 'not set'}, but the run began "
+            + (f"with {stored[key]!r}" if key in stored else "without it")
+            for key in changed[:5]
+        )
         raise ConfigError(
             f"{folder} cannot resume: {both}; use the values it began with, or start another run with label=..."
         )
+
+
+NOT_SET = object()
+"""The value of a key that a configuration does not have."""
 
 
 def _target(node: Any) -> str | None:

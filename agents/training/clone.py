@@ -360,7 +360,9 @@ def clone(cfg: DictConfig, folder: Path) -> float:
     export_network(folder / "best" / "policy.json", network, cfg, env_kwargs, status, utility)
     rows = [f"{epoch},{error:.5f},{validated:.5f}" for epoch, error, validated in history]
     write_text(folder / "fit.csv", "\n".join(["epoch,error,validation_utility", *rows]) + "\n")
-    console.print(f"validation utility {utility:.4f} after {seconds:.0f} s; files: {folder}", highlight=False)
+    console.print(
+        f"validation utility {utility:.4f} after {seconds:.0f} s; files: {folder}", highlight=False, soft_wrap=True
+    )
     return utility
 
 

@@ -67,7 +67,7 @@ def imitated_plan(actions: ServeActions, name: str) -> int:
     try:
         return actions.named(name)
     except ConfigError as error:
-        raise ConfigError(f"imitate.plan: {error}; '~imitate' starts without one") from error
+        raise ConfigError(f"imitate.plan: {error}; imitate=none starts without one") from error
 
 
 def plan_demonstrations(

@@ -29,7 +29,7 @@ from sim.config import option_names, run_command
 from sim.cost.model_spec import load_model
 from sim.cost.quality import BEST_FORM, QUALITIES
 from sim.engine.server_spec import find_calibration
-from sim.errors import ConfigError, nearest
+from sim.errors import ConfigError, RapLabError, nearest
 from sim.policies.learned import SHIPPED, Learned, Network, averaged, read_learned
 from sim.policies.learned_files import MAX_MEMBERS, read_about
 from sim.policies.prune_guard import about_guard
@@ -336,7 +336,7 @@ def next_command(path: Path, shown: str | None = None) -> str:
     command, policy = POLICIES[about["task"]]
     environment = about.get("environment", {})
     keys = {"model": about["model"]}
-    group = "roles" if about["task"] == "ServeRoles" else "policy"
+    group, trace = "roles" if about["task"] == "ServeRoles" else "policy", "burst"
     if about["task"] == "PruneToBudget":
         keys |= dict(zip(("gpu",), calibrated_gpus(str(about["model"])), strict=False))
     elif about["task"] == "ServeRoles":
@@ -346,13 +346,21 @@ def next_command(path: Path, shown: str | None = None) -> str:
         if "budget_bytes" in environment:
             keys |= {"budget": "constant", "budget.budget_bytes": environment["budget_bytes"]}
     else:
+        from agents.envs.serve_windows import source_trace
+
         keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "tick_s") if key in environment}
         keys |= {"quality_table": environment["quality"]} if "quality" in environment else {}
+        keys |= {"gpu.tp": environment["tp"]} if environment.get("tp", 1) != 1 else {}
+        if environment.get("prefix_caching"):
+            trace, keys["engine.prefix_caching"] = str(environment["sources"][0]), "true"
+            with contextlib.suppress(RapLabError):  # a published trace that is not here
+                keys["engine.hash_block_tokens"] = source_trace(trace).block_tokens
+    keys = {key: value for key, value in keys.items() if value is not None}  # a key that training left to be found
     if not re.fullmatch(r"[\w./@-]+", shown):
         shown = f'"{shown}"'  # Hydra reads quoted text as it stands
     # Names come from the file, which may come from anywhere, and the line is meant to be pasted into a shell.
     settings = [shlex.quote(f"{key}={value}") for key, value in {**keys, group: policy, f"{group}.path": shown}.items()]
-    return f"python -m {command} trace=burst {' '.join(settings)}"
+    return f"python -m {command} trace={shlex.quote(trace)} {' '.join(settings)}"
 
 
 def calibrated_gpus(model: str) -> list[str]:

@@ -62,6 +62,10 @@ def imitate_knapsack(
     return fit_actor(algorithm, *shown[:2], **fit)
 
 
+def imitate_nothing(algorithm: Any, env: str, env_kwargs: Mapping[str, Any], *, seed: int) -> None:
+    """Leave the module as it is: the option ``none``, by which a training drops the imitation of its experiment."""
+
+
 def imitate_plan(
     algorithm: Any,
     env: str,

@@ -101,6 +101,8 @@ def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
         "sources": "traces (their training part)",
         "traffic": "streams of traces (their training part)",
         "gpu": "device",
+        "tp": "GPUs that divide the model",
+        "prefix_caching": "prefix cache",
         "latency": "calibration",
         "engine": "engine",
         "quality": "quality table",

@@ -63,9 +63,10 @@ ConfigStore.instance().store(name="offline_schema", node=OfflineConfig)
 
 
 def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: Bools) -> int:
-    """Return the legal action whose plan equals ``plan``, or is nearest in bytes of weights, then in each limit.
+    """Return the legal action whose plan equals ``plan``, or is nearest: in bytes of weights, in what runs, in limits.
 
-    Limits are compared in this order: waiting requests, seconds of waiting, running requests.
+    What runs is compared by the number of layers that differ: in bits of KV, in KV that is only written or compressed,
+    in bits of products, in streams. Then limits: waiting requests, seconds of waiting, running requests.
     """
     weights = weight_bytes(model, plan)
 
@@ -74,11 +75,18 @@ def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: B
         limits = [math.inf if limit is None else float(limit) for limit in (ours, theirs)]
         return 0.0 if limits[0] == limits[1] else abs(limits[0] - limits[1])
 
-    def distance(action: int) -> tuple[bool, int, float, float, float]:
+    def layers(name: str, other: Plan) -> int:
+        return sum(ours != theirs for ours, theirs in zip(getattr(plan, name), getattr(other, name), strict=True))
+
+    def distance(action: int) -> tuple[float, ...]:
         other = actions.plans[action]
         return (
             other != plan,
             abs(actions.weights_bytes[action] - weights),
+            layers("kv_bits", other) + model.num_layers * (plan.kv_hidden != other.kv_hidden),
+            layers("kv_only", other) + model.num_layers * (plan.kv_compression != other.kv_compression),
+            layers("product_bits", other),
+            layers("streamed", other),
             difference(plan.max_waiting, other.max_waiting),
             difference(plan.max_wait_s, other.max_wait_s),
             difference(plan.max_running, other.max_running),

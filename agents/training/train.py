@@ -162,6 +162,7 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         ConfigError: if a value is out of range, if the folder holds a run and ``cfg.resume`` is false, or if a resumed
             run began with other values.
     """
+    cfg = without_none(cfg)
     check_training(cfg)
     check_wandb(cfg.wandb)
     checkpoints = Checkpoints(folder)
@@ -208,6 +209,16 @@ def train(cfg: DictConfig, folder: Path, on_validation: Callable[[Mapping[str, A
         soft_wrap=True,
     )
     return float(status["best"])
+
+
+NO_IMITATION = "agents.training.imitate.imitate_nothing"
+
+
+def without_none(cfg: DictConfig) -> DictConfig:
+    """Return the configuration with ``imitate=none``, and all keys that an experiment set next to it, as null."""
+    if cfg.imitate is None or cfg.imitate.get("_target_") != NO_IMITATION:
+        return cfg
+    return OmegaConf.merge(cfg, {"imitate": None})  # type: ignore[return-value]
 
 
 def limit_share(cfg: DictConfig, status: Mapping[str, Any]) -> float:

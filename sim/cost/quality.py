@@ -323,7 +323,10 @@ def _range_from_json(value: Mapping[str, Any]) -> FittedRange:
 
 # --- Published points ------------------------------------------------------------------------------------------------
 
-STATED = "take a quality that states it: smollm2_135m (measured), llama2_7b_transferred (some of it, by assumption)"
+STATED = (
+    "take a quality that states it: smollm2_135m (measured), or llama2_7b_transferred (by assumption, and not where "
+    "prompts only write KV)"
+)
 """What a message offers where nothing is published."""
 
 
@@ -428,8 +431,9 @@ class PublishedQuality:
             )
         if 8 in plan.product_bits or any(keep != KV_KEEP_ALL for keep in plan.kv_keep):
             raise CalibrationError(
-                f"nothing is published on W8 layers or cut KV of {self.model.name}, so their loss is unknown; use "
-                "W4, a model with a measured table (smollm2_135m), or measure one: python -m hw.score kind=table"
+                f"nothing is published on layers or products at 8 bits, or cut KV, of {self.model.name}, so their loss "
+                "is unknown; leave weight_bits and compute_bits at 16 or 4, use a model with a measured table "
+                "(smollm2_135m), or measure one: python -m hw.score kind=table"
             )
         added = self.added.of(plan, self.model.name, STATED)
         if not self.in_range(plan):

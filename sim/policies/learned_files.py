@@ -19,7 +19,7 @@ from safetensors.numpy import load
 
 from sim.errors import nearest
 
-MAX_JSON_BYTES = 4 * 2**20
+MAX_JSON_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 2**20
 MAX_WEIGHT_BYTES = 64 * 2**20
 """A policy may have this many bytes of weights: 16 million parameters."""
@@ -155,7 +155,7 @@ PLANS: Mapping[str, Check] = {
     ),
     "streamed": (_all(_whole), "a list of whole numbers"),
     "ffn_width": (_all(_whole), "a list of whole numbers"),
-    "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, at least 0"),
+    "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, from 0 to 1e18"),
 }
 """The options of ``sim.policies.observation.serve.serve_actions``, which checks their values."""
 TRAINING: Mapping[str, Check] = {

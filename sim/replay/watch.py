@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sim.cost.plan import Plan, describe
@@ -67,7 +69,8 @@ def quality_note(
     """Return the sentence that a report owes its readers on the quality of the plans of a run; None if all is known."""
     if quality is None:
         return None
-    unknown = sorted({describe(plan) for _, plan in plans if np.isnan(quality.charge(plan))})
+    unpriced = [plan for _, plan in plans if np.isnan(quality.charge(plan))]
+    unknown = sorted({describe(replace(p, max_waiting=None, max_wait_s=None, max_running=None)) for p in unpriced})
     if unknown:
         return f"quality unknown: nothing is published or measured on {unknown[0]}; times and memory are not affected"
     if outside:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from agents.training.checkpoints import Checkpoints
 from agents.training.checks import VALUES, check_resumed, check_training
-from agents.training.train import train
+from agents.training.train import train, without_none
 from sim.config import CONF_DIR
 from sim.errors import ConfigError, RapLabError
 from sim.results.run_folder import write_json, write_text
@@ -102,6 +102,15 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
             ["experiment=finetune_serve", BURST, "imitate.path=learned_replica_llama2", "hidden=[16]"],
             r"hidden is \[16\], but",
         ),
+        (
+            ["experiment=finetune_serve", BURST, "imitate.path=learned_replica_llama2", "hidden=[84,84]"],
+            r"chooses from 24 plans, and this training from 216, of which some differ; set env\.kwargs\.actions",
+        ),
+        (["experiment=ppo_serve", "+env.kwargs.foresight=true"], "set algorithm.foresight=true in its place"),
+        (
+            ["experiment=ppo_serve", "imitate=offline", "algorithm.foresight=true"],
+            "recorded episodes .imitate.data. do not say what came",
+        ),
         (["experiment=marwil_serve", "algorithm.data=nowhere"], r"agents\.offline"),
         (["experiment=ppo_cluster", BURST, "num_envs=7"], "a multiple of env.kwargs.replicas, 4"),
     ],
@@ -136,6 +145,8 @@ def began(folder: Path, *overrides: str) -> Path:
         ("reward=utility", "reward.kind is 'utility', but the run began with 'negative_loss'"),
         ("activation=tanh", "activation is 'tanh', but the run began with 'relu'"),
         ("num_envs=8", "num_envs is 8, but the run began with 64"),
+        ("+env.kwargs.split=train", "env.kwargs.split is 'train', but the run began without it"),
+        ("~env.kwargs.hide", r"env.kwargs.hide is not set, but the run began with \[\]"),
         ("imitate=knapsack", "imitate is 'agents.training.imitate.imitate_knapsack', but the run began with None"),
     ],
 )
@@ -145,6 +156,15 @@ def test_a_resumed_training_with_another_value_is_refused_and_both_are_named(
     cfg = composed("train", override, "resume=true")
     with pytest.raises(ConfigError, match=f"cannot resume: .*{message}"):
         train(cfg, began(tmp_path))
+
+
+@pytest.mark.parametrize("experiment", ["ppo_cluster", "dqn_knapsack", "ppo_roles"])
+def test_every_experiment_can_start_without_imitation(experiment: str) -> None:
+    cfg = without_none(composed("train", f"experiment={experiment}", "imitate=none"))
+    assert cfg.imitate is None
+    check_training(OmegaConf.merge(cfg, {"env": {"kwargs": {"sources": ["burst"]}}} if "cluster" in experiment else {}))
+    left = composed("train", f"experiment={experiment}")
+    assert without_none(left) is left
 
 
 def test_limits_may_change_when_a_training_resumes(tmp_path: Path) -> None:

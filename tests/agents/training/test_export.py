@@ -67,6 +67,20 @@ def test_the_printed_command_names_keys_and_options_that_exist(tmp_path: Path, n
     check_overrides(arguments, {"sim.replay": "replay"}.get(module, module.removeprefix("sim.")))
 
 
+def test_the_printed_command_names_the_server_of_the_training_and_no_key_without_a_value(tmp_path: Path) -> None:
+    target = export(training(tmp_path / "run", "learned_serve_llama2"), tmp_path / "mine.json")
+    about = json.loads(target.read_text())
+    more = {"latency": None, "tp": 2, "prefix_caching": True, "sources": ["chats", "burst"]}
+    about["environment"] |= more
+    target.write_text(json.dumps(about))
+    _, _, module, *arguments = shlex.split(next_command(target))
+    assert {"trace=chats", "gpu.tp=2", "engine.prefix_caching=true"} <= set(arguments)
+    assert not any(argument.startswith("latency=") or argument.endswith("=None") for argument in arguments)
+    check_overrides(arguments, "replay")
+    run = run_module(module, *arguments, "trace.arrivals.duration_s=5", f"hydra.run.dir={tmp_path / 'out'}")
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_command_runs_what_was_exported_from_a_folder_with_any_name(tmp_path: Path) -> None:
     folder = training(tmp_path / "a b=c,(d)", "learned_replica_llama2")
     shown = run_module("agents.export", f'run="{folder}"', "name=mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from agents.envs.serve import ServeSetting
 from agents.training.episodes import FILE, read_episodes, write_episodes
 from agents.training.offline import episodes, nearest_action
 from agents.training.train import environment_kwargs
+from sim.cost.model_spec import load_model
 from sim.errors import ConfigError
 from sim.policies.fixed import static_plan
+from sim.policies.observation.serve import actions_from
 from tests.agents.helpers import composed, run_module, utilities_around_imitation
 
 
@@ -70,6 +73,20 @@ def test_a_plan_outside_the_table_becomes_the_nearest_legal_one() -> None:
     legal[names.index("drop 0, W4 0, queue 8")] = False
     assert nearest(max_waiting=8) != "drop 0, W4 0, queue 8"
     assert nearest(max_waiting=16, max_wait_s=1.2, max_running=30) == "drop 0, W4 0, queue 16, wait 1.5 s, run 20"
+
+
+def test_a_plan_is_nearest_to_one_that_runs_as_it_does_whatever_their_limits() -> None:
+    knobs = {
+        "kv_bits": [16, 8, "hidden"],
+        "compute_bits": [16, 8],
+        "kv_only": [0, 10],
+        "streamed": [0, 8],
+    }
+    actions = actions_from(load_model("llama2_7b"), {"waits": [1.5], "kv_compression": [None], **knobs}, 0)
+    legal = np.ones(len(actions.plans), dtype=np.bool_)
+    for number, plan in enumerate(actions.plans):
+        free = replace(plan, max_wait_s=None, max_running=77)
+        assert nearest_action(actions, load_model("llama2_7b"), free, legal) == number
 
 
 def test_a_wrong_file_or_policy_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ KNOBS = (
     "+env.kwargs.actions.ffn_width=[8,7]",
     "+env.kwargs.actions.kv_compression=[null,{method:ada_kv,percent:70}]",
     "env.kwargs.quality=llama2_7b_transferred",
-    "~imitate",
+    "imitate=none",
 )
 
 

@@ -151,7 +151,7 @@ def test_an_unpublished_loss_is_refused_where_it_decides_and_unknown_where_it_is
     model = load_model("llama2_7b")
     quality = load_quality("llama2_7b_published")
     eight = replace(dense_plan(model), weight_bits=(8,) * model.num_layers)
-    with pytest.raises(CalibrationError, match=r"unknown; use W4.*hw\.score"):
+    with pytest.raises(CalibrationError, match=r"unknown; leave weight_bits and compute_bits at 16 or 4.*hw\.score"):
         quality.nll(eight)
     assert math.isnan(quality.charge(eight))
     assert quality.charge(dense_plan(model)) == quality.nll(dense_plan(model))
@@ -472,7 +472,7 @@ def test_what_is_not_published_is_refused_and_the_summary_says_how_little_there_
     assert "0 pruned masks and 7 W4 prefixes" in quality.summary()
     with pytest.raises(CalibrationError, match="no pruned llama3_8b has a published perplexity"):
         quality.nll(with_mask(dense, drop(quality.model, mha=[3])))
-    with pytest.raises(CalibrationError, match="nothing is published on W8"):
+    with pytest.raises(CalibrationError, match="nothing is published on layers or products at 8 bits"):
         quality.nll(replace(dense, weight_bits=(8,) * quality.model.num_layers))
     with pytest.raises(PlanError, match="a plan of 30 layers"):
         quality.nll(dense_plan(SPEC))
