@@ -29,8 +29,9 @@ def foresight(
     """Return what comes after each tick, float32[ticks + 1, ENTRIES], each entry in [0, MOST].
 
     For each span between two ``EDGES_S``: the share of the window's requests that arrive in it, times 10; the tokens of
-    their prompts, and of their outputs, as log2(1 + tokens) / 20; the least memory in it, in dense weights / 8. Then
-    log2(1 + requests of the window) / 12, the share of the window that is left, and log2(slowdown) + 1.
+    their prompts, and of their outputs, as log2(1 + tokens) / 20; the least memory at its ticks, in dense weights / 8;
+    a span after the window has the memory at its end. Then log2(1 + requests of the window) / 12, the share of the
+    window that is left, and log2(slowdown) + 1.
 
     Args:
         requests, budget, slowdown: of the window. dense_bytes: of the dense weights. tick_s, ticks: of the environment.

@@ -238,6 +238,13 @@ def made_lists(sources: Sequence[str] | None, scenarios: Sequence[str] | None) -
     by_split = {split: listed_sources(split) for split in HELD_OUT}
     for note in dict.fromkeys(note for split in HELD_OUT for note in sources_with(split)[1]):
         say(note)
+    for split in HELD_OUT:
+        first, end = serve_split()["budget_seeds"][split]
+        if first_place(split) + ENOUGH_BLOCKS * len(names) > end - first:
+            say(
+                f"{split} windows have courses of memory that earlier lists had: conf/split/serve.yaml has "
+                f"{end - first:,} budget seeds, and first_place is {first_place(split):,}; widen budget_seeds.{split}"
+            )
     if sources is not None:
         by_split = {split: [name for name in known if name in sources] for split, known in by_split.items()}
     total = sum(len(known) * len(names) for known in by_split.values())

@@ -183,8 +183,12 @@ def check_training(cfg: DictConfig) -> None:
                 f"algorithm.{less} is {algorithm[less]}, but algorithm.{more} is only {algorithm[more]}; it must be at "
                 "most as large"
             )
+    serves = values["env"]["id"] == "ServeTrace-v0"
     if values["env"]["kwargs"].get("foresight"):
-        raise ConfigError("env.kwargs.foresight is for the critic alone; set algorithm.foresight=true in its place")
+        instead = "set algorithm.foresight=true in its place" if serves and "foresight" in algorithm else "leave it out"
+        raise ConfigError(f"env.kwargs.foresight is for a critic alone; {instead}")
+    if algorithm.get("foresight") and not serves:
+        raise ConfigError("algorithm.foresight is for env=serve_trace and env=serve_many alone; set it to false")
     if algorithm.get("foresight") and "data" in (values.get("imitate") or {}):
         raise ConfigError(
             "algorithm.foresight is true, but recorded episodes (imitate.data) do not say what came; set it to false, "
@@ -330,8 +334,9 @@ def check_resumed(cfg: DictConfig, folder: Path) -> None:
     now = dict(_leaves(values))
     if "imitate" in began and (began["imitate"] is None) != (values["imitate"] is None):
         now["imitate"], stored["imitate"] = (_target(one["imitate"]) for one in (values, began))
-    # A key that was added or removed between two versions is no change that the user made. The environment's arguments
-    # are: which there are says the user, and a value that is left out has a default.
+    # A key that was added or removed between two versions is no change that the user made. But the arguments of the
+    # environment are compared whether both have them or not: a training may add some, and others have defaults.
+    stored.setdefault("algorithm.foresight", False)
     changed = [
         key
         for key in dict.fromkeys([*now, *stored])

@@ -44,7 +44,7 @@ from sim.paths import REPOSITORY
 from sim.policies.admission import built
 from sim.policies.base import Policy, PolicyContext
 from sim.policies.learned import Network, network_of, pair_values
-from sim.policies.learned_serve import LearnedServe
+from sim.policies.learned_serve import own_plan
 from sim.progress import progress
 from sim.results.run_folder import provenance, write_json, write_text
 from sim.types import Floats32
@@ -161,9 +161,8 @@ def demonstrations(setting: ServeSetting, config: LookaheadClone, seed: int) -> 
             then = None if config.then is None else rule_for(config.then, setting, window)
             for tick in range(1, setting.ticks - 1):
                 if then is not None:
-                    plan = then(core.state)
-                    # A learned policy may bound the limits of its plan, which is then in no table.
-                    action = then.choice.action if isinstance(then, LearnedServe) else numbers.get(plan, action)
+                    # A learned policy may replace the limits of its plan by measured ones, which are in no table.
+                    action = numbers.get(own_plan(then, then(core.state)), action)
                 legal = core.actions.legal(core.state, core.choice)
                 observed = core.observe()[: setting.table.features]
                 if tick % config.every == offset:

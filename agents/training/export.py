@@ -49,7 +49,8 @@ class ExportConfig:
     pace_share: for serving: bound what runs at once, so that an iteration takes at most this share of the TPOT target
         (``sim.policies.admission.PaceLimit``); null for no bound.
     wait_share: for serving: in place of the network's limits of the wait, let a request wait for this share of what the
-        TTFT target leaves after the measured time to start (``sim.policies.admission.WaitLimit``); null for those.
+        TTFT target leaves after the measured time to start (``sim.policies.admission.WaitLimit``); null keeps the
+        network's.
     """
 
     run: str = ""
@@ -351,8 +352,9 @@ def next_command(path: Path, shown: str | None = None) -> str:
         keys |= {key: environment[key] for key in ("gpu", "latency", "engine", "slo", "tick_s") if key in environment}
         keys |= {"quality_table": environment["quality"]} if "quality" in environment else {}
         keys |= {"gpu.tp": environment["tp"]} if environment.get("tp", 1) != 1 else {}
-        if environment.get("prefix_caching"):
-            trace, keys["engine.prefix_caching"] = str(environment["sources"][0]), "true"
+        source = next(iter(environment.get("sources") or ()), "")
+        if environment.get("prefix_caching") and source in option_names("trace"):
+            trace, keys["engine.prefix_caching"] = source, "true"
             with contextlib.suppress(RapLabError):  # a published trace that is not here
                 keys["engine.hash_block_tokens"] = source_trace(trace).block_tokens
     keys = {key: value for key, value in keys.items() if value is not None}  # a key that training left to be found
@@ -439,7 +441,8 @@ def _run(cfg: DictConfig) -> None:
     shares = {name: cfg[name] for name in BOUNDS if cfg[name] is not None}
     for name, share in shares.items():
         if not 0.0 < share < math.inf:
-            raise ConfigError(f"{name} is {share}; it must be a share of {BOUNDS[name][1]} above 0, such as 0.9")
+            what = f"a share of the target of {BOUNDS[name][1]}, above 0, such as 0.9"
+            raise ConfigError(f"{name} is {share}; it must be {what}")
     target = export(folders[0], target) if cfg.run else export_average(folders, target)
     if cfg.guard:
         add_guard(target)

@@ -67,7 +67,8 @@ def _network(about: Mapping[str, Any]) -> str:
     pace = about.get("pace_share")
     paced = "" if pace is None else f"; as many requests run as meet {pace:g} of the target per output token"
     wait = about.get("wait_share")
-    waits = "" if wait is None else f"; a request waits for {wait:g} of what the target of the first token leaves"
+    left = "(target of the first token - measured time to start)"
+    waits = "" if wait is None else f"; a request waits for at most {wait:g} x {left}"
     return f"{kind} {sizes}, {about['parameters']:,} parameters{guard}{paced}{waits}"
 
 
@@ -92,7 +93,9 @@ def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "seconds" in of:
         rows.append(("time to the best states", f"{of['seconds']:,.0f} s in all"))
     if "validation_utility" in of:
-        rows.append(("validation utility", f"{of['validation_utility']:.4f}"))
+        bounded = "pace_share" in about or "wait_share" in about
+        without = " of the networks without the bounds" if bounded else ""
+        rows.append(("validation utility", f"{of['validation_utility']:.4f}{without}"))
     return rows
 
 

@@ -33,6 +33,7 @@ from sim.cost.plan import Plan
 from sim.errors import ConfigError, nearest
 from sim.paths import REPOSITORY
 from sim.policies.base import Policy
+from sim.policies.learned_serve import own_plan
 from sim.policies.observation.prune import removed_blocks
 from sim.policies.observation.serve import ServeActions
 from sim.progress import counted, progress
@@ -65,8 +66,9 @@ ConfigStore.instance().store(name="offline_schema", node=OfflineConfig)
 def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: Bools) -> int:
     """Return the legal action whose plan equals ``plan``, or is nearest: in bytes of weights, in what runs, in limits.
 
-    What runs is compared by the number of layers that differ: in bits of KV, in KV that is only written or compressed,
-    in bits of products, in streams. Then limits: waiting requests, seconds of waiting, running requests.
+    What runs is compared in this order: bits of KV in all layers, whether KV or hidden states are kept, the layers in
+    which KV is only written, how KV is compressed, bits of products, streamed layers. Then limits: waiting requests,
+    seconds of waiting, running requests.
     """
     weights = weight_bytes(model, plan)
 
@@ -76,15 +78,22 @@ def nearest_action(actions: ServeActions, model: ModelSpec, plan: Plan, legal: B
         return 0.0 if limits[0] == limits[1] else abs(limits[0] - limits[1])
 
     def layers(name: str, other: Plan) -> int:
-        return sum(ours != theirs for ours, theirs in zip(getattr(plan, name), getattr(other, name), strict=True))
+        return sum(abs(ours - theirs) for ours, theirs in zip(getattr(plan, name), getattr(other, name), strict=True))
+
+    def compression(other: Plan) -> tuple[bool, int]:
+        ours, theirs = plan.kv_compression, other.kv_compression
+        method = ours is not None and theirs is not None and ours.method != theirs.method
+        return method, abs((100 if ours is None else ours.percent) - (100 if theirs is None else theirs.percent))
 
     def distance(action: int) -> tuple[float, ...]:
         other = actions.plans[action]
         return (
             other != plan,
             abs(actions.weights_bytes[action] - weights),
-            layers("kv_bits", other) + model.num_layers * (plan.kv_hidden != other.kv_hidden),
-            layers("kv_only", other) + model.num_layers * (plan.kv_compression != other.kv_compression),
+            layers("kv_bits", other),
+            plan.kv_hidden != other.kv_hidden,
+            layers("kv_only", other),
+            *compression(other),
             layers("product_bits", other),
             layers("streamed", other),
             difference(plan.max_waiting, other.max_waiting),
@@ -111,7 +120,8 @@ def serve_player(env: ServeTrace, by: str) -> Callable[[int], Choose]:
 
         def choose() -> int:
             legal = env.core.actions.legal(env.core.state, env.core.choice)
-            return nearest_action(setting.actions, setting.model, policy(env.core.state), legal)
+            plan = own_plan(policy, policy(env.core.state))
+            return nearest_action(setting.actions, setting.model, plan, legal)
 
         return choose
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.training.checks import check_training
-from agents.training.train import TrainConfig, start_ray, train
+from agents.training.train import TrainConfig, start_ray, train, without_none
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError, nearest
 from sim.progress import progress
@@ -85,6 +85,7 @@ def search(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], float]:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
+    cfg = without_none(cfg)
     check_training(cfg)
     space = search_space(cfg)
     base = OmegaConf.to_container(cfg, resolve=True)

@@ -155,7 +155,7 @@ PLANS: Mapping[str, Check] = {
     ),
     "streamed": (_all(_whole), "a list of whole numbers"),
     "ffn_width": (_all(_whole), "a list of whole numbers"),
-    "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, from 0 to 1e18"),
+    "dwell_s": (lambda value: _number(value) and value >= 0, "a number of seconds, at least 0 and below 1e18"),
 }
 """The options of ``sim.policies.observation.serve.serve_actions``, which checks their values."""
 TRAINING: Mapping[str, Check] = {

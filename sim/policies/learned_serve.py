@@ -11,7 +11,7 @@ from sim.cost.plan import Plan
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.admission import PaceLimit, WaitLimit
-from sim.policies.base import PolicyContext
+from sim.policies.base import Policy, PolicyContext
 from sim.policies.learned import Learned, Network, check_tables, read_learned
 from sim.policies.observation.prune import ObservationSpec
 from sim.policies.observation.serve import (
@@ -72,6 +72,17 @@ class LearnedServe:
         if self.wait is not None:
             plan = self.wait.limited(replace(plan, max_wait_s=None))
         return plan if self.pace is None else self.pace.limited(plan)
+
+
+def own_plan(policy: Policy, plan: Plan) -> Plan:
+    """Return the plan of its table that a learned policy has chosen, without bounds; of another policy ``plan``.
+
+    Args:
+        policy: may be a wrapper around a learned policy, such as ``Limited``. plan: what it decided now.
+    """
+    while not isinstance(policy, LearnedServe) and hasattr(policy, "policy"):
+        policy = policy.policy
+    return policy.actions.plans[policy.choice.action] if isinstance(policy, LearnedServe) else plan
 
 
 def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) -> LearnedServe:

@@ -22,8 +22,9 @@ from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
+from sim.policies.admission import Limited
 from sim.policies.base import PolicyContext
-from sim.policies.learned_serve import learned_serve
+from sim.policies.learned_serve import learned_serve, own_plan
 from sim.policies.observation.serve import Choice, ServeObserver, serve_actions
 from sim.results.metrics import met_slo
 from tests.agents.helpers import check_environment, write_linear_policy
@@ -216,6 +217,8 @@ def test_a_bound_of_the_wait_replaces_the_limit_of_the_network(tmp_path: Path) -
     assert started_s > 0.1
     assert plan.max_wait_s == pytest.approx(math.floor(0.8 * (2.0 - started_s) / 0.05 + 1e-9) * 0.05)
     assert replace(plan, max_wait_s=1.0) == start
+    assert own_plan(Limited(policy, 3), plan) == start  # what a demonstration records is the network's own choice
+    assert own_plan(conf_policy("dense")(PolicyContext.of(setting.server)), plan) is plan
     for bad in (0.0, -1.0, "x"):
         path.write_text(json.dumps({**about, "wait_share": bad}))
         with pytest.raises(ConfigError, match=r"wait_share is .*; it must be a share of the TTFT target, above 0"):

@@ -107,6 +107,8 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
             r"chooses from 24 plans, and this training from 216, of which some differ; set env\.kwargs\.actions",
         ),
         (["experiment=ppo_serve", "+env.kwargs.foresight=true"], "set algorithm.foresight=true in its place"),
+        (["experiment=ppo_cluster", BURST, "+env.kwargs.foresight=true"], "for a critic alone; leave it out"),
+        (["experiment=ppo_prune", "algorithm.foresight=true"], "algorithm.foresight is for env=serve_trace"),
         (
             ["experiment=ppo_serve", "imitate=offline", "algorithm.foresight=true"],
             "recorded episodes .imitate.data. do not say what came",
@@ -170,6 +172,16 @@ def test_every_experiment_can_start_without_imitation(experiment: str) -> None:
 def test_limits_may_change_when_a_training_resumes(tmp_path: Path) -> None:
     changed = ["minutes=99", "iterations=7", "patience=3", "validate_every=2", "checkpoint_minutes=3", "ray.runners=2"]
     check_resumed(composed("train", "resume=true", *changed), began(tmp_path))
+
+
+def test_a_run_that_began_before_there_was_foresight_resumes_without_it(tmp_path: Path) -> None:
+    cfg = OmegaConf.to_container(composed("train", "experiment=ppo_serve"), resolve=True)
+    assert isinstance(cfg, dict)
+    del cfg["algorithm"]["foresight"]
+    write_text(tmp_path / "config.yaml", json.dumps(cfg))
+    check_resumed(composed("train", "experiment=ppo_serve"), tmp_path)
+    with pytest.raises(ConfigError, match="algorithm.foresight is True, but the run began with False"):
+        check_resumed(composed("train", "experiment=ppo_serve", "algorithm.foresight=true"), tmp_path)
 
 
 def test_a_key_that_an_earlier_version_did_not_have_does_not_stop_a_resume(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it(tmp_path: Pa
         add_bound(tmp_path / "learned_prune_smollm2.json", "wait_share", 0.7)
     done = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "pace_share=0")
     assert done.returncode == 2
-    assert "pace_share is 0.0; it must be a share of the time per output token above 0" in done.stderr
+    assert "pace_share is 0.0; it must be a share of the target of the time per output token, above 0" in done.stderr
 
 
 @pytest.mark.parametrize("path", shipped_policies(), ids=lambda path: path.stem)

@@ -89,6 +89,23 @@ def test_a_plan_is_nearest_to_one_that_runs_as_it_does_whatever_their_limits() -
         assert nearest_action(actions, load_model("llama2_7b"), free, legal) == number
 
 
+def test_a_plan_between_two_entries_of_a_list_is_nearest_to_the_closer_one() -> None:
+    model = load_model("llama2_7b")
+    ways = [None, {"method": "ada_kv", "percent": 70}, {"method": "think", "percent": 90}]
+    actions = actions_from(model, {"kv_bits": [16, 8], "kv_compression": ways}, 0)
+    legal = np.ones(len(actions.plans), dtype=np.bool_)
+
+    def nearest(**options: Any) -> str:
+        plan = static_plan(model, **options)
+        return actions.names[nearest_action(actions, model, plan, legal)].partition("any, ")[2]
+
+    assert nearest(kv_bits=4) == "KV8, KV whole"
+    assert nearest(kv_bits=[4] * 4 + [16] * 28) == "KV16, KV whole"
+    assert nearest(kv_method="ada_kv", kv_percent=60) == "KV16, KV ada_kv 70%"
+    assert nearest(kv_method="think", kv_percent=70) == "KV16, KV think 90%"
+    assert nearest(kv_method="ada_kv", kv_percent=90) == "KV16, KV whole"
+
+
 def test_a_wrong_file_or_policy_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"agents\.offline"):
         read_episodes(tmp_path / FILE, (3,))
