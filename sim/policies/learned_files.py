@@ -19,7 +19,7 @@ from safetensors.numpy import load
 
 from sim.errors import nearest
 
-MAX_JSON_BYTES = 32 * 2**20
+MAX_JSON_BYTES = 40 * 2**20
 MAX_HEADER_BYTES = 2**20
 MAX_WEIGHT_BYTES = 64 * 2**20
 """A policy may have this many bytes of weights: 16 million parameters."""

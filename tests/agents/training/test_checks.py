@@ -180,7 +180,7 @@ def test_a_run_that_began_before_there_was_foresight_resumes_without_it(tmp_path
     del cfg["algorithm"]["foresight"]
     write_text(tmp_path / "config.yaml", json.dumps(cfg))
     check_resumed(composed("train", "experiment=ppo_serve"), tmp_path)
-    with pytest.raises(ConfigError, match="algorithm.foresight is True, but the run began with False"):
+    with pytest.raises(ConfigError, match=r"algorithm.foresight is True, but the run began with False"):
         check_resumed(composed("train", "experiment=ppo_serve", "algorithm.foresight=true"), tmp_path)
 
 
