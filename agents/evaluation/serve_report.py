@@ -18,7 +18,7 @@ from agents.evaluation.ablation import WINDOWS, ablation_markdown
 from agents.evaluation.claim import CRITERIA, MOST_BELOW, ORACLE_SHARE
 from agents.evaluation.rules import RULES, about_rule
 from agents.evaluation.serve import MEMBERS, ORACLES, serve_grid
-from agents.evaluation.statistics import Interval, paired_difference
+from agents.evaluation.statistics import Interval, paired_difference, share_of
 from agents.evaluation.tables import (
     by_kind,
     plot_by_source,
@@ -193,8 +193,9 @@ def claims_held(frame: pd.DataFrame, ours: str, found: Mapping[str, Any]) -> lis
     """
     missing = [*found["undecided"], *found["loses_to"]]
     worst = min(against_the_best(frame, ours, "source"), key=lambda row: float(row["mean"]))
-    shares = [row[f"share of it, {ours}"] for row in found["oracles"] if row["oracle"] == "oracle_search"]
-    share = shares[0] if shares else None
+    found_share = next((row for row in found["oracles"] if row["oracle"] == "oracle_search"), None)
+    share = None if found_share is None else found_share[f"share of it, {ours}"]
+    reached = "it did not play" if found_share is None else f"{share:.1%} {found_share['its 95 % interval']}"
     return [
         {
             "claim": CRITERIA["rules"],
@@ -209,9 +210,18 @@ def claims_held(frame: pd.DataFrame, ours: str, found: Mapping[str, Any]) -> lis
         {
             "claim": CRITERIA["oracle"],
             "holds": None if share is None else share >= ORACLE_SHARE,
-            "figures": "it did not play" if share is None else f"{share:.1%}",
+            "figures": reached,
         },
     ]
+
+
+def share_interval(frame: pd.DataFrame, ours: str, oracle: str) -> str:
+    """Return the 95 % interval of the share of an oracle's utility, by resampling the windows of each trace."""
+    table = frame.pivot_table(index=["source", "window"], columns="policy", values="utility")
+    found = share_of(
+        table[ours].to_numpy(), table[oracle].to_numpy(), traces=table.index.get_level_values("source").to_numpy()
+    )
+    return f"[{found.low:.1%}, {found.high:.1%}]"
 
 
 def few_blocks(frame: pd.DataFrame) -> dict[str, int]:
@@ -235,6 +245,7 @@ def serve_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
                 "windows": part["window"].nunique(),
                 "its utility": high,
                 f"share of it, {ours}": trace_mean(part, ours) / high,
+                "its 95 % interval": share_interval(part, ours, oracle),
                 f"share of it, {simple}": trace_mean(part, simple) / high,
             }
         )

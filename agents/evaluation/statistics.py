@@ -77,6 +77,26 @@ def paired_difference(
     return Interval(float(np.mean(means)), low, high)
 
 
+def share_of(ours: Floats, theirs: Floats, *, traces: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Return the mean of ``ours`` over that of ``theirs``, every trace counting the same, with its bootstrap interval.
+
+    Args:
+        ours, theirs: values of two policies in the same scenarios, [scenarios]. traces: of each scenario; scenarios are
+            resampled within each trace, for both policies together. resamples, seed: as in ``paired_difference``.
+    """
+    labels = np.asarray(traces)
+    names = list(dict.fromkeys(labels.tolist()))
+    means, resampled = np.zeros(2), np.zeros((2, resamples))
+    for stream, trace in enumerate(names):
+        here = np.flatnonzero(labels == trace)
+        weights = _weights(seed, stream, len(here), resamples) / len(here)
+        for row, values in enumerate((ours, theirs)):
+            means[row] += values[here].mean()
+            resampled[row] += weights @ values[here]
+    low, high = np.quantile(resampled[0] / resampled[1], (0.025, 0.975)).tolist()
+    return Interval(float(means[0] / means[1]), low, high)
+
+
 def by_trace(
     ours: Floats, theirs: Floats, *, traces: Sequence[Any], blocks: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Interval]:

@@ -123,7 +123,7 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     assert [row["figures"].split("[")[0] for row in found["claims"]] == [
         "3 of 4 rules",
         "least on azure_code, against int4+wait: -0.0700 ",
-        "90.0%",
+        "90.0% ",
     ]
     level = frame[~frame["policy"].isin(["int4+wait", "oracle_search"])]
     assert [row["holds"] for row in serve_verdict(level, "learned_x")["claims"]] == [True, True, None]

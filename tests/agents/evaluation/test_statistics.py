@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.evaluation.statistics import Interval, by_trace, paired_difference
+from agents.evaluation.statistics import Interval, by_trace, paired_difference, share_of
 
 
 def test_a_policy_differs_from_itself_by_0() -> None:
@@ -103,3 +103,21 @@ def test_policies_that_played_different_scenarios_are_not_compared() -> None:
         paired_difference(np.zeros((1, 3)), np.zeros((1, 4)))
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_difference(np.zeros((1, 3)), np.zeros((1, 3)), blocks=[0, 1])
+
+
+def test_the_share_of_an_oracle_weighs_every_trace_equally_and_widens_with_its_windows() -> None:
+    rng = np.random.default_rng(0)
+    traces = np.array(["a"] * 40 + ["b"] * 10)
+    oracle = np.where(traces == "a", 0.5, 0.9) + rng.normal(0.0, 0.02, 50)
+    ours = 0.9 * oracle
+    exact = share_of(ours, oracle, traces=traces)
+    assert (exact.mean, exact.low, exact.high) == pytest.approx((0.9, 0.9, 0.9))
+    noisy = ours + rng.normal(0.0, 0.05, 50)
+    means = [[values[traces == name].mean() for name in ("a", "b")] for values in (noisy, oracle)]
+    found = share_of(noisy, oracle, traces=traces)
+    assert found.mean == pytest.approx(np.mean(means[0]) / np.mean(means[1]))
+    assert found.low < found.mean < found.high
+    fewer = np.r_[0:10, 40:50]
+    assert (
+        np.ptp([share_of(noisy[fewer], oracle[fewer], traces=traces[fewer]).low, found.mean]) > found.mean - found.low
+    )
