@@ -82,6 +82,27 @@ def by_kinds(frame: pd.DataFrame, ours: str, columns: Sequence[str]) -> list[dic
     return rows
 
 
+def stands_in_cells(frame: pd.DataFrame, ours: str) -> dict[str, Any]:
+    """Return how a policy stands in the windows of each trace and scenario, against the best rule there and each alone.
+
+    Returns:
+        ``count`` of cells; in how many a rule is more than ``AS_GOOD`` above, ``lost``; the widest such difference,
+        ``most``; and the rule that alone is above in most cells, ``rule``, with their number, ``alone``.
+    """
+    lost, most, above, count = 0, 0.0, dict.fromkeys(rules_of(frame), 0), 0
+    for _, part in frame.groupby(["source", "scenario"]):
+        count += 1
+        played, means = part.groupby("policy")["window"].nunique(), part.groupby("policy")["utility"].mean()
+        every = part["window"].nunique()
+        over = {name: means[name] - means[ours] for name in above if name in RULES and played.get(name, 0) == every}
+        for name, difference in over.items():
+            above[name] += difference > AS_GOOD
+        lost += max(over.values(), default=0.0) > AS_GOOD
+        most = max(most, *over.values(), 0.0)
+    rule = max(above, key=lambda name: above[name])
+    return {"count": count, "lost": lost, "most": most, "rule": rule, "alone": above[rule]}
+
+
 def choices_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return rows of ``by_kinds`` as a table; a rule that is not as good stands in brackets."""
     shown = [
@@ -116,6 +137,8 @@ def choose_page(folder: Path) -> str | None:
         tables={name: choices_table(rows) for name, rows in kinds.items()},
         equal=[row for row in kinds["load"] if row["as good"]],
         count=len(kinds["load"]),
+        sure=sum(not row["as good"] and "(" not in row["difference"] for row in kinds["load"]),
+        cells=stands_in_cells(frame, ours),
         rules=[(name, about_rule(name), EFFORTS[effort_of(name)]) for name in named],
     )
 

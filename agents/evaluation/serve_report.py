@@ -216,10 +216,13 @@ def claims_held(frame: pd.DataFrame, ours: str, found: Mapping[str, Any]) -> lis
 
 
 def share_interval(frame: pd.DataFrame, ours: str, oracle: str) -> str:
-    """Return the 95 % interval of the share of an oracle's utility, by resampling the windows of each trace."""
-    table = frame.pivot_table(index=["source", "window"], columns="policy", values="utility")
+    """Return the 95 % interval of the share of an oracle's utility; the frame has the windows that both played."""
+    windows = frame.drop_duplicates("window").sort_values("window")
     found = share_of(
-        table[ours].to_numpy(), table[oracle].to_numpy(), traces=table.index.get_level_values("source").to_numpy()
+        serve_grid(frame, ours)[0],
+        serve_grid(frame, oracle)[0],
+        traces=windows["source"],
+        blocks=windows["block"],
     )
     return f"[{found.low:.1%}, {found.high:.1%}]"
 

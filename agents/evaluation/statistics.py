@@ -77,22 +77,24 @@ def paired_difference(
     return Interval(float(np.mean(means)), low, high)
 
 
-def share_of(ours: Floats, theirs: Floats, *, traces: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def share_of(
+    ours: Floats, theirs: Floats, *, traces: ArrayLike, blocks: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
     """Return the mean of ``ours`` over that of ``theirs``, every trace counting the same, with its bootstrap interval.
 
     Args:
-        ours, theirs: values of two policies in the same scenarios, [scenarios]. traces: of each scenario; scenarios are
-            resampled within each trace, for both policies together. resamples, seed: as in ``paired_difference``.
+        ours, theirs: values of two policies in the same scenarios, [scenarios].
+        traces, blocks, resamples, seed: as in ``paired_difference``.
     """
-    labels = np.asarray(traces)
-    names = list(dict.fromkeys(labels.tolist()))
-    means, resampled = np.zeros(2), np.zeros((2, resamples))
-    for stream, trace in enumerate(names):
-        here = np.flatnonzero(labels == trace)
-        weights = _weights(seed, stream, len(here), resamples) / len(here)
+    labels, means, resampled = np.asarray(traces), np.zeros(2), np.zeros((2, resamples))
+    for stream, trace in enumerate(dict.fromkeys(labels.tolist())):
+        here = labels == trace
+        known, block_of = np.unique(np.asarray(blocks)[here], return_inverse=True)
+        weights, counts = _weights(seed, stream, len(known), resamples), np.bincount(block_of).astype(np.float64)
         for row, values in enumerate((ours, theirs)):
             means[row] += values[here].mean()
-            resampled[row] += weights @ values[here]
+            sums = _block_sums(values[None, here], block_of, len(known))[0]
+            resampled[row] += (weights @ sums) / (weights @ counts)
     low, high = np.quantile(resampled[0] / resampled[1], (0.025, 0.975)).tolist()
     return Interval(float(means[0] / means[1]), low, high)
 

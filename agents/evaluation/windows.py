@@ -10,7 +10,8 @@ Test windows lie in blocks of time that do not overlap; a source with few blocks
 in every scenario, the others three times, in blocks of their own as long as there are some. A window that decides
 nothing, because dense without a limit and the reference both serve all requests in time, or both none, is replaced by
 one in the next block. Starts, blocks and budgets are drawn by numbers that begin at ``first_place`` of
-conf/split/serve.yaml, so that a new claim gets windows that no earlier one played.
+conf/split/serve.yaml, so that a new claim gets windows that no earlier one played; the courses of memory repeat
+when a split has no more seeds for budgets, which the command says.
 """
 
 from __future__ import annotations

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from agents.evaluation.choose import AS_GOOD, EFFORTS, FILE, by_kinds, choose_page, effort_of, simplest, write_choices
+from agents.evaluation.choose import (
+    AS_GOOD,
+    EFFORTS,
+    FILE,
+    by_kinds,
+    choose_page,
+    effort_of,
+    simplest,
+    stands_in_cells,
+    write_choices,
+)
 from agents.evaluation.page import FOLDER
 from agents.evaluation.rules import RULES
 from sim.results.run_folder import write_json, write_parquet
@@ -38,6 +48,22 @@ def test_of_the_rules_that_are_as_good_the_one_of_least_effort_is_chosen_and_of_
         ("tight/none", "0.9", 20),
     ]
     assert pairs[0]["difference"].startswith("-0.0450 [")
+
+
+def test_how_a_policy_stands_on_single_traces_is_counted_against_all_rules_and_the_one_that_is_above_most_often() -> (
+    None
+):
+    frame = served(UTILITIES)
+    count = len(frame.groupby(["source", "scenario"]))
+    found = stands_in_cells(frame, "learned_x")
+    assert (found["count"], found["lost"], found["rule"], found["alone"]) == (count, count, "int4+saber", count)
+    # 0.83 on one trace, 0.88 on the other
+    assert found["most"] == pytest.approx(0.95 - 0.83)
+    below = stands_in_cells(frame[frame["policy"].isin(["dense", "learned_x"])], "learned_x")
+    assert (below["count"], below["lost"], below["most"]) == (count, 0, 0.0)
+    # A rule that misses windows of a cell does not count there.
+    partly = frame[~((frame["policy"] == "int4+saber") & (frame["source"] == "burst") & (frame["window"] < 2))]
+    assert stands_in_cells(partly, "learned_x")["alone"] < count
 
 
 def test_the_page_says_learned_only_where_no_rule_is_as_good(tmp_path: Path) -> None:
