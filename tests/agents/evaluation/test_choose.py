@@ -50,9 +50,7 @@ def test_of_the_rules_that_are_as_good_the_one_of_least_effort_is_chosen_and_of_
     assert pairs[0]["difference"].startswith("-0.0450 [")
 
 
-def test_how_a_policy_stands_on_single_traces_is_counted_against_all_rules_and_the_one_that_is_above_most_often() -> (
-    None
-):
+def test_single_traces_are_counted_against_all_rules_and_the_one_that_is_above_most_often() -> None:
     frame = served(UTILITIES)
     count = len(frame.groupby(["source", "scenario"]))
     found = stands_in_cells(frame, "learned_x")
@@ -79,7 +77,7 @@ def test_the_page_says_learned_only_where_no_rule_is_as_good(tmp_path: Path) -> 
     rows = {row[0]: row for row in cells(text)}
     assert rows["roomy/published"][-2:] == ["int4+wait", EFFORTS[1]]
     assert rows["tight/none"][-2:] == ["learned (best rule compared: greedy_stop+wait)", "a trained policy"]
-    assert "In 1 of 2 pairs of a scenario and a load, a rule is as good." in text
+    assert "In 1 of 2 pairs of a scenario and a load, a rule is as good; in 1 of the others the interval" in text
 
 
 def test_the_committed_page_is_what_the_committed_files_give() -> None:
