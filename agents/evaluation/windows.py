@@ -223,6 +223,17 @@ def first_place(split: Split) -> int:
     return int(serve_split().get("first_place", {}).get(split, 0))
 
 
+def seeds_note(split: Split) -> str | None:
+    """Return what to say if the numbers of a list go beyond the split's budget seeds; None if they do not."""
+    first, end = serve_split()["budget_seeds"][split]
+    if first_place(split) + ENOUGH_BLOCKS * len(SCENARIOS) <= end - first:
+        return None
+    return (
+        f"{split} windows have courses of memory that earlier lists had: conf/split/serve.yaml has {end - first:,} "
+        f"budget seeds, and first_place is {first_place(split):,}; widen budget_seeds.{split}"
+    )
+
+
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,12 +251,8 @@ def made_lists(sources: Sequence[str] | None, scenarios: Sequence[str] | None) -
     for note in dict.fromkeys(note for split in HELD_OUT for note in sources_with(split)[1]):
         say(note)
     for split in HELD_OUT:
-        first, end = serve_split()["budget_seeds"][split]
-        if first_place(split) + ENOUGH_BLOCKS * len(names) > end - first:
-            say(
-                f"{split} windows have courses of memory that earlier lists had: conf/split/serve.yaml has "
-                f"{end - first:,} budget seeds, and first_place is {first_place(split):,}; widen budget_seeds.{split}"
-            )
+        if (note := seeds_note(split)) is not None:
+            say(note)
     if sources is not None:
         by_split = {split: [name for name in known if name in sources] for split, known in by_split.items()}
     total = sum(len(known) * len(names) for known in by_split.values())

@@ -19,6 +19,7 @@ from agents.evaluation.windows import (
     listed_sources,
     lists_text,
     row_window,
+    seeds_note,
     spread_windows,
 )
 
@@ -93,6 +94,12 @@ def test_a_new_claim_draws_windows_that_none_had_before(setting: ServeSetting, m
     before, after = drawn
     assert not {start_s for start_s, _ in before} & {start_s for start_s, _ in after}
     assert not {seed for _, seed in before} & {seed for _, seed in after}
+
+
+def test_a_list_beyond_the_budget_seeds_says_that_courses_of_memory_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    for first, repeats in ((0, False), (500, False), (757, False), (758, True), (1000, True)):  # 9 scenarios x 27
+        monkeypatch.setattr("agents.evaluation.windows.first_place", lambda _, first=first: first)
+        assert (seeds_note("test") is not None) == repeats
 
 
 @pytest.mark.skipif(not sources_with("test")[0].count("burstgpt"), reason="needs published traces: set RAP_LAB_DATA")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -46,6 +45,12 @@ def build_module(kind: type, **changed: Any) -> Any:
         action_space=env.action_space,
         model_config={**MODEL, **changed},
     ).build()
+
+
+def setup_of(env: str) -> Setup:
+    """Settings of an algorithm for one environment."""
+    name = f"agents.envs.registration:{env}"
+    return Setup(env=name, env_kwargs={}, seed=0, num_envs=1, runners=0, hidden=(84, 84), activation="relu")
 
 
 def observations(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -154,15 +159,7 @@ def hand_loss(module: Any, batch: dict[str, Any], clip: float, entropy_share: fl
 
 
 def test_the_loss_of_ppo_is_that_of_a_softmax_over_the_legal_actions() -> None:
-    setup = Setup(
-        env="agents.envs.registration:PruneToBudget-v0",
-        env_kwargs={},
-        seed=0,
-        num_envs=1,
-        runners=0,
-        hidden=(84, 84),
-        activation="relu",
-    )
+    setup = setup_of("PruneToBudget-v0")
     config = ppo(
         setup,
         lr=1e-3,
@@ -272,18 +269,9 @@ def test_the_critic_alone_reads_what_comes() -> None:
 
 
 def test_only_ppo_of_one_server_has_foresight() -> None:
-    setup = Setup(
-        env="agents.envs.registration:ServeCluster-v0",
-        env_kwargs={},
-        seed=0,
-        num_envs=1,
-        runners=0,
-        hidden=(8,),
-        activation="relu",
-    )
     numbers: dict[str, Any] = {"lr": 1e-3, "discount": 1.0, "gae_lambda": 0.9, "steps_an_iteration": 64}
     numbers |= {"minibatch": 32, "epochs": 1, "clip": 0.2, "entropy": 0.0}
     with pytest.raises(ConfigError, match=r"algorithm.foresight is for env=serve_trace and env=serve_many alone"):
-        ppo(setup, **numbers, foresight=True)
-    config = ppo(replace(setup, env="agents.envs.registration:ServeTrace-v0"), **numbers, foresight=True)
+        ppo(setup_of("ServeCluster-v0"), **numbers, foresight=True)
+    config = ppo(setup_of("ServeTrace-v0"), **numbers, foresight=True)
     assert config.env_config == {"foresight": True}
