@@ -251,8 +251,8 @@ def made_lists(sources: Sequence[str] | None, scenarios: Sequence[str] | None) -
     for note in dict.fromkeys(note for split in HELD_OUT for note in sources_with(split)[1]):
         say(note)
     for split in HELD_OUT:
-        if (note := seeds_note(split)) is not None:
-            say(note)
+        if (repeats := seeds_note(split)) is not None:
+            say(repeats)
     if sources is not None:
         by_split = {split: [name for name in known if name in sources] for split, known in by_split.items()}
     total = sum(len(known) * len(names) for known in by_split.values())
