@@ -10,8 +10,9 @@ import pytest
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_lists import SCENARIOS, SHARES, memory_of, scenario_kwargs
 from agents.envs.serve_pool import reference_attainment
-from agents.envs.serve_sources import sources_with
+from agents.envs.serve_sources import serve_split, sources_with
 from agents.evaluation.windows import (
+    ENOUGH_BLOCKS,
     bisected,
     blocks_of,
     chosen_rows,
@@ -97,7 +98,9 @@ def test_a_new_claim_draws_windows_that_none_had_before(setting: ServeSetting, m
 
 
 def test_a_list_beyond_the_budget_seeds_says_that_courses_of_memory_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    for first, repeats in ((0, False), (500, False), (757, False), (758, True), (1000, True)):  # 9 scenarios x 27
+    begin, end = serve_split()["budget_seeds"]["test"]
+    last = end - begin - len(SCENARIOS) * ENOUGH_BLOCKS  # where a list uses the last of them
+    for first, repeats in ((0, False), (1500, False), (last, False), (last + 1, True)):
         monkeypatch.setattr("agents.evaluation.windows.first_place", lambda _, first=first: first)
         assert (seeds_note("test") is not None) == repeats
 
