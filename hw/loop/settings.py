@@ -48,7 +48,8 @@ class LoopConfig(HwReplayConfig):
         utility is then the mean of these, with a range. After the judged runs, each is simulated once more with a
         machine as fast as it was during the run; no claim depends on these.
     least_requests: of a window. least_changes: changes of the weights that run, per minute in which requests arrive.
-    points: how far a simulated utility may be from the real one, unless the noise is larger.
+    points: how far a simulated utility may be from the real one, unless the noise is larger. Like the other two, it is
+        stated with the predictions and cannot be changed when runs are judged.
     runs: the folder of run folders. out: where results go.
     note: what else a reader of the page has to know about the runs, such as what the machine did meanwhile.
     page: also (run what is missing, judge, write the page), predict (only write and show the predictions of
@@ -106,7 +107,7 @@ OWN_KEYS = (
 NO_PREDICTION = (
     *("rounds", "first_round", "predict_each", "repeats", "references", "reference_s", "reference_bits", "ranges"),
     *("runs", "out", "note", "page"),
-    *("slowdown", "measure", "points", "plot", "label", "tags"),
+    *("slowdown", "measure", "plot", "label", "tags"),
 )
 """Keys that are not compared with those of the predictions, in which the slowdown and the reference runs stand."""
 

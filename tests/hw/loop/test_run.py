@@ -90,8 +90,9 @@ def test_predictions_are_written_before_the_first_judged_run_and_runs_that_exist
     summary.parent.with_name("hw1").joinpath("summary.json").unlink()
     assert _loop(cfg) in (0, 1)
     assert summary.stat().st_mtime_ns == kept
-    with pytest.raises(ConfigError, match="another windows"):
-        _loop(compose_config("hw_loop", [*settings, "windows.one.seed=8", "page=judge"]))
+    for changed in ("windows.one.seed=8", "points=0.2", "least_changes=1"):
+        with pytest.raises(ConfigError, match=f"another {changed.partition('.')[0].partition('=')[0]}"):
+            _loop(compose_config("hw_loop", [*settings, changed, "page=judge"]))
     noted = path.with_name("judged_for.json")
     content = noted.read_bytes()
     noted.unlink()
