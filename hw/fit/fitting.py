@@ -37,6 +37,10 @@ ORIGIN = 10.0
 """Added to deviations for the optimizer, whose first steps are as long as its starting point is far from 0."""
 POLISH_STEP, POLISH_SIMULATIONS = 0.3, 25
 """Of the search without derivatives at the end: its first steps, in deviations, and its simulations for each number."""
+FRONT_END = ("front_s", "front_token_s")
+"""The numbers that the description's front end has."""
+SHORT_GAPS = 0.1
+"""The quantile of requests' mean gaps between tokens at which the search for the least time of an iteration starts."""
 BLOCKS, REPEATS = 20, 200
 """Of the bootstrap. Requests that follow each other depend on each other, so blocks are sampled."""
 
@@ -170,7 +174,6 @@ def fit(
 ) -> tuple[Point, _Problem, Floats]:
     """Return the best point, the problem and the point in deviations."""
     problem = _Problem(cases, free)
-    start = np.array([PRIORS[name].deviations(_start(cases[0].server, name)) for name in free])
     low = np.array([PRIORS[name].deviations(PRIORS[name].least) for name in free])
     high = np.array([PRIORS[name].deviations(PRIORS[name].most) for name in free])
 
@@ -180,24 +183,36 @@ def fit(
     def slopes(x: Floats) -> Floats:
         return problem.jacobian(x - ORIGIN)
 
-    found = least_squares(
-        at,
-        np.clip(start, low + 1e-6, high - 1e-6) + ORIGIN,
-        jac=slopes,
-        bounds=(low + ORIGIN, high + ORIGIN),
-        max_nfev=most_steps,
-        xtol=1e-3,
-        ftol=1e-4,
-    )
+    tried = [
+        least_squares(
+            at,
+            np.clip(start, low + 1e-6, high - 1e-6) + ORIGIN,
+            jac=slopes,
+            bounds=(low + ORIGIN, high + ORIGIN),
+            max_nfev=most_steps,
+            xtol=1e-3,
+            ftol=1e-4,
+        )
+        for start in _starts(cases, free)
+    ]
+    found = min(tried, key=lambda one: float(one.cost))
     best = problem.polished(found.x - ORIGIN, low, high) if polish else found.x - ORIGIN
     return point_of(free, best), problem, best
 
 
-def _start(server: Server, name: str) -> float:
-    """Return where a fit starts: at the description."""
-    if name in ("front_s", "front_token_s"):
-        return float(getattr(server.front_end, name))
-    return PRIORS[name].middle
+def _starts(cases: Sequence[Case], free: Sequence[str]) -> list[Floats]:
+    """Return where a fit starts, in deviations: at the description.
+
+    A least time of an iteration that is below all iterations changes nothing, so its slopes are 0 there. With it, a
+    second fit starts at the shortest gaps between tokens.
+    """
+    values = {name: PRIORS[name].middle for name in free}
+    values |= {name: float(getattr(cases[0].server.front_end, name)) for name in FRONT_END if name in free}
+    starts = [values]
+    if "host_floor_s" in free:
+        known = [gaps_s[np.isfinite(gaps_s)] for gaps_s in (case.run.tpot_s[case.fitted] for case in cases)]
+        starts += [values | {"host_floor_s": min(float(np.quantile(one, SHORT_GAPS)) for one in known if len(one))}]
+    return [np.array([PRIORS[name].deviations(one[name]) for name in free]) for one in starts]
 
 
 class _Problem:

@@ -6,6 +6,7 @@
 | `memory_bound` | 1 +- 10 % | time of reading weights and KV over that of the calibration |
 | `compute_bound` | 1 +- 25 % | time of arithmetic over that of the calibration |
 | `fixed_s` | + 0.5 ms | overhead of an iteration beyond the calibration's |
+| `host_floor_s` | 0 +- 20 ms | least time of an iteration, of a server without CUDA graphs |
 | `front_token_s` | + 2 us | more of the way in for each token of the prompt |
 
 Each number is counted in deviations from its prior; factors by their logarithm. Two numbers that were fitted on a short
@@ -55,9 +56,15 @@ PRIORS: Mapping[str, Prior] = {
     "memory_bound": Prior(middle=1.0, deviation=0.10, least=0.2, most=5.0, factor=True, far=0.22),
     "compute_bound": Prior(middle=1.0, deviation=0.25, least=0.2, most=5.0, factor=True, far=0.47),
     "fixed_s": Prior(middle=0.0, deviation=0.0005, least=0.0, most=0.1, far=0.003),
+    "host_floor_s": Prior(middle=0.0, deviation=0.020, least=0.0, most=1.0, far=0.1),
     "front_token_s": Prior(middle=0.0, deviation=2e-6, least=0.0, most=1e-3, far=1e-5),
 }
-UNITS = {"front_s": (1e3, "ms"), "fixed_s": (1e3, "ms"), "front_token_s": (1e6, "us")}
+UNITS = {
+    "front_s": (1e3, "ms"),
+    "fixed_s": (1e3, "ms"),
+    "host_floor_s": (1e3, "ms"),
+    "front_token_s": (1e6, "us"),
+}
 
 
 def shown(name: str, value: float) -> str:
@@ -77,11 +84,12 @@ def check_free(free: Sequence[str], rates_rps: Sequence[float], engine_side: boo
             raise ConfigError(f"free has {name!r}; {nearest(name, PRIORS)}")
     if len(set(free)) < len(free):
         raise ConfigError(f"free has a name twice: {', '.join(free)}; name each number once")
-    if "fixed_s" in free and max(rates_rps) < MOST_ALIKE * min(rates_rps):
-        raise ConfigError(
-            "free has fixed_s, but one load cannot separate an overhead from memory-bound time; give runs at "
-            f"two rates, one {MOST_ALIKE:g} times the other, or leave fixed_s out"
-        )
+    for name, what in (("fixed_s", "an overhead"), ("host_floor_s", "the least time of an iteration")):
+        if name in free and max(rates_rps) < MOST_ALIKE * min(rates_rps):
+            raise ConfigError(
+                f"free has {name}, but one load cannot separate {what} from memory-bound time; give runs at "
+                f"two rates, one {MOST_ALIKE:g} times the other, or leave {name} out"
+            )
     if engine_side and {"front_s", "front_token_s"} & set(free):
         raise ConfigError(
             "free has a number of the front end, but the run was measured in the engine, behind it; leave it out"
@@ -118,10 +126,12 @@ def point_of(free: Sequence[str], deviations: Floats) -> Point:
 
 def priced(latency: LatencyModel, point: Point) -> LatencyModel:
     """Return a latency model at a point."""
-    scaled = latency.with_factors(point.factors)
-    if not point.values.get("fixed_s"):
-        return scaled
-    return scaled.with_fixed(latency.fixed_s + point["fixed_s"], "hw.fit")
+    found = latency.with_factors(point.factors)
+    if "host_floor_s" in point.values:
+        found = found.with_host_floor(point["host_floor_s"])
+    if point.values.get("fixed_s"):
+        found = found.with_fixed(latency.fixed_s + point["fixed_s"], "hw.fit")
+    return found
 
 
 def server_at(server: Server, point: Point) -> Server:
@@ -156,7 +166,7 @@ ADVICE: Mapping[str, tuple[str, str]] = {
         "the server reads less than described: check model=, gpu= and the precision of its weights (a calibration of a "
         "quantized model), or speculative decoding, which the simulator does not have",
         "the server decodes slower than its kernels: check model=, gpu=, gpu.tp=, eager mode (no CUDA "
-        "graphs: host_floor_s), or another program on the GPU",
+        "graphs: free host_floor_s with runs at two rates), or another program on the GPU",
     ),
     "compute_bound": (
         "prompts cost less than described: check engine.prefix_caching with distinct_prompts= or shared_tokens=, and "
@@ -165,5 +175,6 @@ ADVICE: Mapping[str, tuple[str, str]] = {
         "engine.prefix_caching finds less than you think",
     ),
     "fixed_s": ("", "the host is slow: check processor load, logging and the version of the server"),
+    "host_floor_s": ("", "the host launches operations very slowly: check processor load"),
     "front_token_s": ("", "prompts are slow on their way in: check tokenizing, chat templates and the network"),
 }

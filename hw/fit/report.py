@@ -158,6 +158,8 @@ def calibration_content(
     fixed = {"fixed_us": base["fixed_us"] + more_us}
     if more_us:
         fixed["fixed_source"] = f"{base['fixed_source']}; plus {more_us:.4g} us by hw.fit"
+    if "host_floor_s" in fitted.point.values:
+        fixed["host_floor_us"] = 1e6 * fitted.point["host_floor_s"]
     return {
         **base,
         **fixed,

@@ -59,8 +59,8 @@ class FitConfig:
     distinct_prompts: how many prompts the client sends in turn; shared_tokens: how many tokens all prompts begin with.
         Both only matter with engine.prefix_caching.
     stated: take engine settings that the run's own files state, in place of engine= and budget=.
-    free: which numbers to fit, of front_s, memory_bound, compute_bound, fixed_s, front_token_s; null chooses, [] fits
-        none.
+    free: which numbers to fit, of front_s, memory_bound, compute_bound, fixed_s, host_floor_s, front_token_s; null
+        chooses, [] fits none.
     warm_up: how many first requests of each run to leave out; null finds them.
     settings: whether to try other settings of the server.
     name: of the calibration that is written; null takes that of the prices with _fitted.

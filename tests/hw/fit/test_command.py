@@ -16,6 +16,8 @@ from hw.fit.measured import MeasuredRun
 from hw.fit.parameters import Point
 from hw.fit.run import main
 from sim.cost.latency import load_calibration
+from sim.cost.model_spec import load_model
+from sim.cost.plan import dense_plan
 from tests.commands import exit_status
 from tests.hw.fit.truth import a_server, requests, served, write_vllm_bench
 
@@ -66,6 +68,25 @@ def test_a_fit_writes_a_calibration_that_replays_with_its_front_end(
     assert exit_status(main, *again) == 2
     assert "was fitted already" in capsys.readouterr().err
     assert exit_status(main, *again, "free=[]") == 0
+
+
+def test_the_least_time_of_an_iteration_is_written_and_priced(result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    true = {"front_s": 0.009, "host_floor_s": 0.02}
+    runs = [
+        write_vllm_bench(
+            result.parent / f"at_{rate:g}.json",
+            served(a_server(schedules_ahead=True), requests(count=count, rate_rps=rate), **true),
+        )
+        for count, rate in ((60, 1.0), (150, 8.0))
+    ]
+    keys = ("free=[front_s,memory_bound,host_floor_s]", "latency=llama3.1_8b_h100", "name=eager", "settings=false")
+    assert exit_status(main, f"run=[{','.join(map(str, runs))}]", *keys, "out=mine", *SERVER) == 0
+    assert "host_floor_s" in capsys.readouterr().out
+    written = json.loads(Path("mine/eager.json").read_text())
+    assert written["host_floor_us"] == pytest.approx(20e3, rel=0.02)
+    latency = load_calibration("mine/eager.json")
+    alone_s = latency.iteration_s(dense_plan(load_model("llama3.1_8b")), [], 1, 100, 1)
+    assert alone_s == pytest.approx(written["host_floor_us"] / 1e6)
 
 
 def test_by_name_it_writes_the_calibration_and_the_front_end(result: Path, capsys: pytest.CaptureFixture[str]) -> None:

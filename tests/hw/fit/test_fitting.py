@@ -68,10 +68,41 @@ def test_a_fit_that_does_not_beat_nothing_on_the_last_third_is_refused() -> None
     assert not fitted.accepted
 
 
-def test_two_rates_tell_an_overhead_and_one_does_not() -> None:
-    check_free(["fixed_s"], [2.0, 8.0], engine_side=False)
-    with pytest.raises(ConfigError, match="two rates"):
-        check_free(["memory_bound", "fixed_s"], [8.0, 9.0], engine_side=False)
+@pytest.mark.parametrize("name", ["fixed_s", "host_floor_s"])
+def test_two_rates_tell_an_overhead_and_one_does_not(name: str) -> None:
+    check_free([name], [2.0, 8.0], engine_side=False)
+    with pytest.raises(ConfigError, match=f"{name}, but one load .* two rates"):
+        check_free(["memory_bound", name], [8.0, 9.0], engine_side=False)
+
+
+@pytest.mark.parametrize("floor_s", [0.012, 0.025])
+def test_the_least_time_of_an_iteration_is_found_again(floor_s: float) -> None:
+    """At 1 request per second, iterations of the described server take about 7 ms; at 12, longer ones matter too."""
+    server, values = a_server(), {"memory_bound": 1.1, "host_floor_s": floor_s}
+    cases = [
+        Case(run=served(server, requests(count=count, rate_rps=rate), **values), server=server)
+        for count, rate in ((80, 1.0), (300, 12.0))
+    ]
+    fitted = fit_and_judge(cases, list(values))
+    assert fitted.accepted
+    assert fitted.point["host_floor_s"] == pytest.approx(floor_s, rel=0.03)
+    low, high = fitted.ranges["host_floor_s"]
+    assert low <= floor_s <= high
+
+
+def test_a_server_without_a_least_time_of_an_iteration_gets_none_that_matters() -> None:
+    server = a_server()
+    cases = [
+        Case(run=served(server, requests(count=count, rate_rps=rate), memory_bound=1.1), server=server)
+        for count, rate in ((80, 1.0), (300, 12.0))
+    ]
+    fitted = fit_and_judge(cases, ["memory_bound", "host_floor_s"])
+    assert fitted.point["memory_bound"] == pytest.approx(1.1, rel=0.03)
+    other = requests(rate_rps=5.0, seed=7)
+    real, done = (
+        simulate(server_at(server, point), other) for point in (Point(values={"memory_bound": 1.1}), fitted.point)
+    )
+    assert np.mean(done.tpot_s) == pytest.approx(np.mean(real.tpot_s), rel=0.02)
 
 
 @pytest.mark.parametrize(
