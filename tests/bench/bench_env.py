@@ -8,13 +8,34 @@ from typing import Any
 
 import numpy as np
 
+from agents.baselines.serve import conf_policy, policy_context
 from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.prune_vector import PruneToBudgetVector
+from agents.envs.serve import ServeSetting
+from agents.envs.serve_lists import listed_windows, scenario_kwargs
 from agents.envs.serve_vector import ServeTraceVector
+from agents.evaluation.serve import play_window
 from sim.cost.model_spec import load_model
+from sim.cost.plan import Plan
+from sim.engine.protocol import EngineState
+from sim.policies.base import Policy
 from sim.policies.learned import Network, averaged, network_of, prune_network, read_learned
 
 ENVIRONMENTS = 32
+SCENARIO = "mid/published"
+
+
+class Timed:
+    """A policy that keeps the seconds of each of its decisions."""
+
+    def __init__(self, policy: Policy, took_s: list[float]) -> None:
+        self.policy, self.took_s, self.first_plan = policy, took_s, policy.first_plan
+
+    def __call__(self, state: EngineState) -> Plan:
+        begun_s = time.perf_counter()
+        plan = self.policy(state)
+        self.took_s.append(time.perf_counter() - begun_s)
+        return plan
 
 
 def bench_vector(name: str, vector: Any, steps: int, change_share: float, warm_steps: int = 125) -> None:
@@ -48,8 +69,23 @@ def bench_decision(name: str, network: Network, features: int, actions: int) -> 
         begun_s = time.perf_counter()
         network.act(row, flags)
         took_s.append(time.perf_counter() - begun_s)
+    print_decisions(name, took_s)
+
+
+def bench_served_decision(name: str) -> None:
+    """Print the time of one decision of a policy in validation windows: observation, network and bounds."""
+    setting = ServeSetting(**scenario_kwargs(SCENARIO))
+    took_s: list[float] = []
+    windows = [one.window for one in listed_windows("validation", scenarios=[SCENARIO], sources=["gamma", "mmpp"])]
+    for window in windows:
+        play_window(setting, window, Timed(conf_policy(name)(policy_context(setting)), took_s))
+    print_decisions(f"{name}, whole, in {len(windows)} windows", took_s)
+
+
+def print_decisions(name: str, took_s: list[float]) -> None:
+    """Print the median and the 99th percentile of the seconds of decisions."""
     p50, p99 = np.quantile(took_s, (0.5, 0.99)) * 1e6
-    print(f"{name:58s} {p50:9.1f} us a decision, P99 {p99:.1f} us")
+    print(f"{name:58s} {p50:9.1f} us a decision, P99 {p99:.1f} us, {len(took_s):,} decisions")
 
 
 def main() -> None:
@@ -63,6 +99,7 @@ def main() -> None:
     bench_decision("learned_prune_smollm2, one block", prune.network, prune.network.inputs, prune.network.actions)
     serve = read_learned("learned_serve_llama2", "ServeTrace").network
     bench_decision("learned_serve_llama2", serve, serve.inputs, serve.actions)
+    bench_served_decision("learned_serve")
     ten = averaged([random_network([32, 84, 84, 12], seed) for seed in range(10)])
     bench_decision("the mean of 10 networks with 2 x 84 neurons", ten, ten.inputs, ten.actions)
 
