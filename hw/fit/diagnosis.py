@@ -33,6 +33,8 @@ NEAR_MOST = 0.9
 PLATEAU_SHARE = 0.2
 LIKE_ITSELF = 1.25
 """A ratio of real to simulated within this factor of 1 is a matter of prices, not of a setting."""
+LITTLE = 0.5
+"""What another sequence adds, against simulation, if a least time of iterations hides it."""
 
 WAITING = 3.0
 """A TTFT this many times as long as simulated is waiting for a place."""
@@ -330,6 +332,13 @@ def _of_costs(found: Diagnosis, server: Server) -> list[str]:
     if real is None or ours is None:
         return []
     said = []
+    if _has_floor(real, ours):
+        return [
+            f"a token alone takes {1e3 * real.base_s:.2g} ms, simulated {1e3 * ours.base_s:.2g}, and more sequences "
+            "and prompts add little to that: iterations seem to have a least time, as on a server without CUDA graphs; "
+            "fit it to runs at two rates, run='[A,B]' free='[front_s,memory_bound,host_floor_s]'; if the server has "
+            "CUDA graphs, check model=, gpu= and the precision of the weights"
+        ]
     if _differs(real.prompt_s, ours.prompt_s, real.error[2], ours.error[2]):
         said.append(
             f"a prompt that comes in costs the others {1e3 * real.prompt_s:.2g} ms, simulated "
@@ -349,6 +358,16 @@ def _of_costs(found: Diagnosis, server: Server) -> list[str]:
             "cache, and the number of servers (replicas=)"
         )
     return said
+
+
+def _has_floor(real: Costs, ours: Costs) -> bool:
+    """Return whether tokens are slow alone, and hardly slower with others: iterations then have a least time."""
+    return (
+        real.base_s > ours.base_s
+        and _differs(real.base_s, ours.base_s, real.error[0], ours.error[0])
+        and real.sequence_s < LITTLE * ours.sequence_s
+        and real.prompt_s < ours.prompt_s
+    )
 
 
 def _hardly_computed(real: Costs, ours: Costs) -> bool:

@@ -17,7 +17,7 @@ from scipy.optimize import least_squares, minimize
 from scipy.special import pseudo_huber
 
 from hw.fit.measured import Bools, MeasuredRun
-from hw.fit.parameters import PRIORS, Point, point_of, server_at
+from hw.fit.parameters import FLOOR, FRONT_END, PRIORS, Point, point_of, server_at
 from hw.fit.server import Server, simulate
 from sim.results.records import Moments
 from sim.types import Floats, Ints
@@ -37,8 +37,9 @@ ORIGIN = 10.0
 """Added to deviations for the optimizer, whose first steps are as long as its starting point is far from 0."""
 POLISH_STEP, POLISH_SIMULATIONS = 0.3, 25
 """Of the search without derivatives at the end: its first steps, in deviations, and its simulations for each number."""
-FRONT_END = ("front_s", "front_token_s")
-"""The numbers that the description's front end has."""
+FLOOR_SHARE = 0.8
+"""A least time of an iteration counts if the loss with it is below this share of the loss without. A single number more
+always fits noise a little better, and then lies at the shortest iterations."""
 SHORT_GAPS = 0.1
 """The quantile of requests' mean gaps between tokens at which the search for the least time of an iteration starts."""
 BLOCKS, REPEATS = 20, 200
@@ -203,16 +204,25 @@ def fit(
 def _starts(cases: Sequence[Case], free: Sequence[str]) -> list[Floats]:
     """Return where a fit starts, in deviations: at the description.
 
-    A least time of an iteration that is below all iterations changes nothing, so its slopes are 0 there. With it, a
-    second fit starts at the shortest gaps between tokens.
+    A least time of an iteration that is below all iterations changes nothing, so the data have no slope there. With it,
+    a second fit starts at the shortest gaps between tokens.
     """
+    server = cases[0].server
     values = {name: PRIORS[name].middle for name in free}
-    values |= {name: float(getattr(cases[0].server.front_end, name)) for name in FRONT_END if name in free}
+    values |= {name: float(getattr(server.front_end, name)) for name in FRONT_END if name in free}
     starts = [values]
-    if "host_floor_s" in free:
-        known = [gaps_s[np.isfinite(gaps_s)] for gaps_s in (case.run.tpot_s[case.fitted] for case in cases)]
-        starts += [values | {"host_floor_s": min(float(np.quantile(one, SHORT_GAPS)) for one in known if len(one))}]
+    if FLOOR in free:
+        starts[0] |= {FLOOR: max(server.spec.priced().host_floor_s, PRIORS[FLOOR].least)}
+        shortest_s = _shortest_gaps_s(cases)
+        starts += [values | {FLOOR: shortest_s}] if shortest_s > 0 else []
     return [np.array([PRIORS[name].deviations(one[name]) for name in free]) for one in starts]
+
+
+def _shortest_gaps_s(cases: Sequence[Case]) -> float:
+    """Return how long the shortest gaps between tokens take, in the run with the shortest; 0 if there are none."""
+    gaps_s = [case.run.tpot_s[case.fitted] for case in cases]
+    known = [one[np.isfinite(one)] for one in gaps_s if np.isfinite(one).any()]
+    return min((float(np.quantile(one, SHORT_GAPS)) for one in known), default=0.0)
 
 
 class _Problem:
@@ -266,6 +276,8 @@ class _Problem:
 def fit_and_judge(cases: Sequence[Case], free: Sequence[str], *, seed: int = 0) -> Fitted:
     """Fit on the first two thirds of each run, judge on the last; return the fit with its ranges."""
     point, problem, deviations = fit(cases, free, polish=all(case.matched for case in cases))
+    if FLOOR in free and not _needs_floor(problem, deviations):
+        return _without_floor(cases, free, seed)
     held = [case.held_out for case in cases]
     nothing = problem.of_data([expected(case.server, case.run, case.copies) for case in cases], held)
     fitted = problem.of_data(problem.simulated(deviations), held)
@@ -277,6 +289,34 @@ def fit_and_judge(cases: Sequence[Case], free: Sequence[str], *, seed: int = 0) 
         nothing=float(sum(np.sum(part**2) for part in nothing)),
         fitted=float(sum(np.sum(part**2) for part in fitted)),
         simulations=problem.simulations,
+    )
+
+
+def _needs_floor(problem: _Problem, deviations: Floats) -> bool:
+    """Return whether a least time of an iteration explains requests much better than the other numbers, or is stated."""
+    if problem.cases[0].server.spec.priced().host_floor_s > 0:
+        return True
+    rest = [name for name in problem.free if name != FLOOR]
+    _, others, best = fit(problem.cases, rest) if rest else (None, _Problem(problem.cases, []), np.zeros(0))
+    loss, without = (float(np.sum(one.residuals(at) ** 2)) for one, at in ((problem, deviations), (others, best)))
+    return loss < FLOOR_SHARE * without
+
+
+def _without_floor(cases: Sequence[Case], free: Sequence[str], seed: int) -> Fitted:
+    """Return the fit of the other numbers, to runs that show no least time of an iteration."""
+    found = {FLOOR: 0.0}, {FLOOR: (0.0, _shortest_gaps_s(cases))}
+    rest = [name for name in free if name != FLOOR]
+    if rest:
+        others = fit_and_judge(cases, rest, seed=seed)
+        point = Point(values={**others.point.values, **found[0]})
+        samples = tuple(Point(values={**one.values, **found[0]}) for one in others.samples)
+        return replace(others, point=point, ranges={**others.ranges, **found[1]}, samples=samples)
+    problem = _Problem(cases, [])
+    parts = problem.of_data(problem.simulated(np.zeros(0)), [case.held_out for case in cases])
+    loss = float(sum(np.sum(part**2) for part in parts))
+    point = Point(values=found[0])
+    return Fitted(
+        point=point, ranges=found[1], samples=(point,), nothing=loss, fitted=loss, simulations=problem.simulations
     )
 
 

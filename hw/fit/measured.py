@@ -54,6 +54,11 @@ class MeasuredRun(Moments):
         span_s = float(self.arrival_s[-1])
         return (len(self) - 1) / span_s if span_s > 0 else float("inf")
 
+    @property
+    def served_rps(self) -> float:
+        """Requests per second that were served, from the first sending to the last token."""
+        return len(self) / max(float(np.nanmax(self.finish_s)), 1e-9)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Columns:

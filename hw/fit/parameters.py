@@ -6,12 +6,13 @@
 | `memory_bound` | 1 +- 10 % | time of reading weights and KV over that of the calibration |
 | `compute_bound` | 1 +- 25 % | time of arithmetic over that of the calibration |
 | `fixed_s` | + 0.5 ms | overhead of an iteration beyond the calibration's |
-| `host_floor_s` | 0 +- 20 ms | least time of an iteration, of a server without CUDA graphs |
+| `host_floor_s` | 10 ms, times or over 1.6 | least time of an iteration, of a server without CUDA graphs |
 | `front_token_s` | + 2 us | more of the way in for each token of the prompt |
 
-Each number is counted in deviations from its prior; factors by their logarithm. Two numbers that were fitted on a short
-run at a low load left 2 % of ITL and E2E and 6 % of TTFT on other loads; five fit better and predict worse, because
-one load cannot separate linear layers from attention, nor overhead from memory.
+Each number is counted in deviations from its prior; factors by their logarithm, and so is `host_floor_s`, which differs
+most from server to server. Two numbers that were fitted on a short run at a low load left 2 % of ITL and E2E and 6 % of
+TTFT on other loads; five fit better and predict worse, because one load cannot separate linear layers from attention,
+nor overhead from memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from sim.types import Floats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prior:
-    """What is believed of a number: its middle, one deviation (of a factor: of its logarithm), and its bounds."""
+    """What is believed of a number: its middle, one deviation (of a factor: of its logarithm), and its bounds.
+
+    factor: whether deviations are those of the logarithm.
+    """
 
     middle: float
     deviation: float
@@ -56,9 +60,12 @@ PRIORS: Mapping[str, Prior] = {
     "memory_bound": Prior(middle=1.0, deviation=0.10, least=0.2, most=5.0, factor=True, far=0.22),
     "compute_bound": Prior(middle=1.0, deviation=0.25, least=0.2, most=5.0, factor=True, far=0.47),
     "fixed_s": Prior(middle=0.0, deviation=0.0005, least=0.0, most=0.1, far=0.003),
-    "host_floor_s": Prior(middle=0.0, deviation=0.020, least=0.0, most=1.0, far=0.1),
+    "host_floor_s": Prior(middle=0.010, deviation=0.5, least=1e-4, most=5.0, factor=True, far=2.4),
     "front_token_s": Prior(middle=0.0, deviation=2e-6, least=0.0, most=1e-3, far=1e-5),
 }
+FRONT_END = ("front_s", "front_token_s")
+"""The numbers of the front end."""
+FLOOR = "host_floor_s"
 UNITS = {
     "front_s": (1e3, "ms"),
     "fixed_s": (1e3, "ms"),
@@ -73,9 +80,12 @@ def shown(name: str, value: float) -> str:
     return f"{factor * value:.3g} {unit}".strip() if unit else f"{value:.3f}"
 
 
-def check_free(free: Sequence[str], rates_rps: Sequence[float], engine_side: bool) -> None:
+def check_free(free: Sequence[str], served_rps: Sequence[float], engine_side: bool) -> None:
     """Check the names of the numbers that are to be fitted.
 
+    Args:
+        free: the names. served_rps: of each run, the requests per second that were served.
+        engine_side: whether a run was measured in the engine.
     Raises:
         ConfigError: for an unknown or repeated one, or one that these runs cannot tell.
     """
@@ -84,13 +94,14 @@ def check_free(free: Sequence[str], rates_rps: Sequence[float], engine_side: boo
             raise ConfigError(f"free has {name!r}; {nearest(name, PRIORS)}")
     if len(set(free)) < len(free):
         raise ConfigError(f"free has a name twice: {', '.join(free)}; name each number once")
-    for name, what in (("fixed_s", "an overhead"), ("host_floor_s", "the least time of an iteration")):
-        if name in free and max(rates_rps) < MOST_ALIKE * min(rates_rps):
+    for name, what in (("fixed_s", "an overhead"), (FLOOR, "the least time of an iteration")):
+        if name in free and max(served_rps) < MOST_ALIKE * min(served_rps):
             raise ConfigError(
-                f"free has {name}, but one load cannot separate {what} from memory-bound time; give runs at "
-                f"two rates, one {MOST_ALIKE:g} times the other, or leave {name} out"
+                f"free has {name}, but one load cannot separate {what} from memory-bound time; give runs at two rates, "
+                f"run='[A,B]', one at least {MOST_ALIKE:g} times the other (requests per second that were served here: "
+                f"{', '.join(f'{rate:.3g}' for rate in served_rps)}), or leave {name} out"
             )
-    if engine_side and {"front_s", "front_token_s"} & set(free):
+    if engine_side and set(FRONT_END) & set(free):
         raise ConfigError(
             "free has a number of the front end, but the run was measured in the engine, behind it; leave it out"
         )
@@ -127,8 +138,8 @@ def point_of(free: Sequence[str], deviations: Floats) -> Point:
 def priced(latency: LatencyModel, point: Point) -> LatencyModel:
     """Return a latency model at a point."""
     found = latency.with_factors(point.factors)
-    if "host_floor_s" in point.values:
-        found = found.with_host_floor(point["host_floor_s"])
+    if FLOOR in point.values:
+        found = found.with_host_floor(point[FLOOR])
     if point.values.get("fixed_s"):
         found = found.with_fixed(latency.fixed_s + point["fixed_s"], "hw.fit")
     return found
@@ -150,9 +161,13 @@ def far_values(point: Point) -> list[str]:
     found = []
     for name, value in point.values.items():
         prior = PRIORS[name]
+        if name == FLOOR and value == 0.0:
+            found.append(f"{name} is 0: these runs show no least time of an iteration")
+            continue
         distance = math.log(value / prior.middle) if prior.factor else value - prior.middle
-        if abs(distance) > prior.far:
-            found.append(f"{name} is {shown(name, value)}: {ADVICE[name][distance > 0]}")
+        advice = ADVICE[name][distance > 0]
+        if abs(distance) > prior.far and advice:
+            found.append(f"{name} is {shown(name, value)}: {advice}")
     return found
 
 

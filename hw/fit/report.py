@@ -16,7 +16,7 @@ from hw.fit.diagnosis import Diagnosis, shown_ms
 from hw.fit.errors import LATENCIES, STATISTICS
 from hw.fit.fitting import Fitted
 from hw.fit.measured import MeasuredRun
-from hw.fit.parameters import shown
+from hw.fit.parameters import FLOOR, shown
 from hw.fit.regression import Costs
 from hw.fit.server import Simulated
 from sim.cost.front_end import FrontEnd
@@ -158,8 +158,8 @@ def calibration_content(
     fixed = {"fixed_us": base["fixed_us"] + more_us}
     if more_us:
         fixed["fixed_source"] = f"{base['fixed_source']}; plus {more_us:.4g} us by hw.fit"
-    if "host_floor_s" in fitted.point.values:
-        fixed["host_floor_us"] = 1e6 * fitted.point["host_floor_s"]
+    if FLOOR in fitted.point.values:
+        fixed["host_floor_us"] = 1e6 * fitted.point[FLOOR]
     return {
         **base,
         **fixed,

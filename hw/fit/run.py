@@ -17,7 +17,7 @@ from hw.fit.diagnosis import NEAR_MOST, PREFILL_SHARE, Diagnosis, diagnose
 from hw.fit.errors import errors
 from hw.fit.fitting import Case, Fitted, fit_and_judge
 from hw.fit.measured import MeasuredRun
-from hw.fit.parameters import check_free, far_values, server_at
+from hw.fit.parameters import FLOOR, check_free, far_values, server_at
 from hw.fit.report import (
     FRONT_END_HEAD,
     calibration_content,
@@ -95,7 +95,7 @@ def run_fit(cfg: DictConfig) -> int:
         content["fit"] = _fit_content(fitted, content["held_out"])
         for sentence in content["fit"]["sentences"]:
             console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
-        why = refusal(fitted, content["held_out"], found, base["name"])
+        why = refusal(fitted, content["held_out"], found, cfg.latency or base["name"])
         content["fit"]["accepted"] = why is None
         status = 0 if why is None else 1
     _write_report(report, cases[0], fitted, content)
@@ -187,7 +187,12 @@ def free_numbers(free: Any, cases: Sequence[Case], found: Sequence[Diagnosis]) -
     engine_side = any(case.run.side == "engine" for case in cases)
     if free is not None:
         names = names_of(free, "free")
-        check_free(names, [case.run.rate_rps for case in cases], engine_side)
+        check_free(names, [case.run.served_rps for case in cases], engine_side)
+        if FLOOR in names and not any(np.isfinite(case.run.tpot_s).any() for case in cases):
+            raise ConfigError(
+                f"free has {FLOOR}, but every answer has a single token, so no gap shows an iteration; measure with "
+                "longer answers, or leave it out"
+            )
         return names
     names = [] if engine_side else ["front_s"]
     names.append("memory_bound")

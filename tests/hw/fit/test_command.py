@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import hw.fit.run as command
@@ -81,7 +82,9 @@ def test_the_least_time_of_an_iteration_is_written_and_priced(result: Path, caps
     ]
     keys = ("free=[front_s,memory_bound,host_floor_s]", "latency=llama3.1_8b_h100", "name=eager", "settings=false")
     assert exit_status(main, f"run=[{','.join(map(str, runs))}]", *keys, "out=mine", *SERVER) == 0
-    assert "host_floor_s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "host_floor_s" in said
+    assert said.count("iterations seem to have a least time, as on a server without CUDA graphs") == 2
     written = json.loads(Path("mine/eager.json").read_text())
     assert written["host_floor_us"] == pytest.approx(20e3, rel=0.02)
     latency = load_calibration("mine/eager.json")
@@ -111,6 +114,9 @@ def test_by_name_it_writes_the_calibration_and_the_front_end(result: Path, capsy
         (("run=result.json", "judge=[3]"), "judge is"),
         (("run=result.json", "free=[speed]"), "free has 'speed'"),
         (("run=result.json", "free=[fixed_s]"), "two rates"),
+        (("run=at_once.json", "free=[host_floor_s]"), "(requests per second that were served here: "),
+        (("run=[at_once.json,at_once.json]", "free=[fixed_s]"), "two rates"),
+        (("run=[single.json,single_fast.json]", "free=[host_floor_s]"), "every answer has a single token"),
         (("run=result.json", "replicas=0"), "replicas is 0"),
         (("run=result.json", "distinct_prompts=0"), "distinct_prompts is 0"),
         (("run=result.json", "engine.prefix_caching=true"), "which prompts repeat"),
@@ -126,6 +132,14 @@ def test_by_name_it_writes_the_calibration_and_the_front_end(result: Path, capsy
 def test_a_wrong_key_is_one_line_and_status_2(
     result: Path, capsys: pytest.CaptureFixture[str], keys: tuple[str, ...], says: str
 ) -> None:
+    at_once = requests(count=60)
+    write_vllm_bench(
+        result.parent / "at_once.json", served(a_server(), replace(at_once, arrival_s=0.0 * at_once.arrival_s))
+    )
+    for name, rate in (("single", 1.0), ("single_fast", 4.0)):
+        wanted = requests(count=40, rate_rps=rate)
+        run = served(a_server(), replace(wanted, produced_tokens=np.ones_like(wanted.produced_tokens)))
+        write_vllm_bench(result.parent / f"{name}.json", run)
     assert exit_status(main, *SERVER, *keys) == 2
     error = capsys.readouterr().err
     assert says in error

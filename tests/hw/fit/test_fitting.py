@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from hw.fit.fitting import Case, fit_and_judge
-from hw.fit.parameters import PRIORS, Point, check_free, far_values, point_of, server_at
+from hw.fit.parameters import PRIORS, Point, check_free, far_values, point_of, priced, server_at
 from hw.fit.server import simulate
 from sim.errors import ConfigError
 from tests.hw.fit.truth import a_server, requests, served
@@ -75,34 +77,49 @@ def test_two_rates_tell_an_overhead_and_one_does_not(name: str) -> None:
         check_free(["memory_bound", name], [8.0, 9.0], engine_side=False)
 
 
-@pytest.mark.parametrize("floor_s", [0.012, 0.025])
-def test_the_least_time_of_an_iteration_is_found_again(floor_s: float) -> None:
-    """At 1 request per second, iterations of the described server take about 7 ms; at 12, longer ones matter too."""
-    server, values = a_server(), {"memory_bound": 1.1, "host_floor_s": floor_s}
-    cases = [
-        Case(run=served(server, requests(count=count, rate_rps=rate), **values), server=server)
-        for count, rate in ((80, 1.0), (300, 12.0))
-    ]
-    fitted = fit_and_judge(cases, list(values))
-    assert fitted.accepted
-    assert fitted.point["host_floor_s"] == pytest.approx(floor_s, rel=0.03)
-    low, high = fitted.ranges["host_floor_s"]
-    assert low <= floor_s <= high
-
-
-def test_a_server_without_a_least_time_of_an_iteration_gets_none_that_matters() -> None:
+def two_rates(values: dict[str, float], slow_rps: float, fast_rps: float) -> list[Case]:
+    """Return runs of a server at two rates."""
     server = a_server()
-    cases = [
-        Case(run=served(server, requests(count=count, rate_rps=rate), memory_bound=1.1), server=server)
-        for count, rate in ((80, 1.0), (300, 12.0))
-    ]
-    fitted = fit_and_judge(cases, ["memory_bound", "host_floor_s"])
-    assert fitted.point["memory_bound"] == pytest.approx(1.1, rel=0.03)
-    other = requests(rate_rps=5.0, seed=7)
-    real, done = (
-        simulate(server_at(server, point), other) for point in (Point(values={"memory_bound": 1.1}), fitted.point)
+    wanted = (requests(count=count, rate_rps=rate) for count, rate in ((80, slow_rps), (200, fast_rps)))
+    return [Case(run=served(server, one, **values), server=server) for one in wanted]
+
+
+@pytest.mark.parametrize(
+    ("floor_s", "slow_rps", "fast_rps"), [(0.012, 1.0, 12.0), (0.025, 1.0, 12.0), (0.5, 0.02, 0.06)]
+)
+def test_the_least_time_of_an_iteration_is_found_again(floor_s: float, slow_rps: float, fast_rps: float) -> None:
+    """Iterations of the described server take about 7 ms at the low rate."""
+    values = {"memory_bound": 1.1, "host_floor_s": floor_s}
+    fitted = fit_and_judge(two_rates(values, slow_rps, fast_rps), list(values))
+    assert fitted.accepted
+    assert fitted.point["host_floor_s"] == pytest.approx(floor_s, rel=0.02)
+    low, high = fitted.ranges["host_floor_s"]
+    assert 0.99 * low <= floor_s <= 1.01 * high
+
+
+@pytest.mark.parametrize("others", [["memory_bound"], []])
+def test_a_server_without_a_least_time_of_an_iteration_gets_none(others: list[str]) -> None:
+    true = dict.fromkeys(others, 1.1)
+    cases = two_rates(true, 1.0, 12.0)
+    fitted = fit_and_judge(cases, [*others, "host_floor_s"])
+    assert fitted.accepted == bool(others)
+    assert {name: fitted.point[name] for name in others} == pytest.approx(true, rel=0.03)
+    assert fitted.point["host_floor_s"] == 0.0
+    assert fitted.ranges["host_floor_s"][0] == 0.0
+    assert 0.005 < fitted.ranges["host_floor_s"][1] < 0.010  # no gap says what lies below
+    assert any(
+        one == "host_floor_s is 0: these runs show no least time of an iteration" for one in far_values(fitted.point)
     )
-    assert np.mean(done.tpot_s) == pytest.approx(np.mean(real.tpot_s), rel=0.02)
+    assert priced(cases[0].server.spec.priced(), fitted.point).host_floor_s == 0.0
+
+
+def test_a_least_time_that_the_description_states_is_where_the_fit_starts() -> None:
+    values = {"memory_bound": 1.0, "host_floor_s": 0.2}
+    cases = two_rates(values, 0.05, 0.15)
+    server = cases[0].server.with_latency(cases[0].server.spec.priced().with_host_floor(0.2))
+    fitted = fit_and_judge([replace(case, server=server) for case in cases], list(values))
+    assert fitted.point["host_floor_s"] == pytest.approx(0.2, rel=0.01)
+    assert fitted.fitted < 1.5 * fitted.nothing
 
 
 @pytest.mark.parametrize(
