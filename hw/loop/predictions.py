@@ -30,6 +30,7 @@ CALIBRATION = "calibration.json"
 """The calibration with the prices of this machine; it follows from the predictions, and is written again from them."""
 JUDGED_FOR = "judged_for.json"
 """Which predictions the judged runs of a folder are for; written before the first of them."""
+EARLIER = "holds predictions of an earlier version; take another folder, runs=FOLDER"
 
 
 def read_predictions(folder: Path) -> dict[str, Any] | None:
@@ -76,6 +77,8 @@ def check_same_settings(predictions: Mapping[str, Any], cfg: DictConfig, folder:
         ConfigError: if not; judged runs of one and predictions of another say nothing.
     """
     ours, theirs = json.loads(json.dumps(description(cfg))), predictions["description"]
+    if "points" not in theirs:
+        raise ConfigError(f"{folder} {EARLIER}")
     different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if not cfg.measure and abs(cfg.slowdown - predictions["slowdown"]) > 1e-9:
         different.append("slowdown")
@@ -89,8 +92,8 @@ def check_same_settings(predictions: Mapping[str, Any], cfg: DictConfig, folder:
         )
     if different:
         raise ConfigError(
-            f"{folder} holds predictions that were made with another {different[0]}; take another folder, "
-            "runs=FOLDER, or the settings of the predictions"
+            f"{folder} holds predictions that were made with other settings ({', '.join(different)}); take another "
+            "folder, runs=FOLDER, or the settings of the predictions"
         )
 
 
@@ -230,7 +233,7 @@ def machine_of(predictions: Mapping[str, Any], folder: Path) -> MachineFactors:
         ConfigError: for predictions of an earlier version.
     """
     if "factors" not in predictions:
-        raise ConfigError(f"{folder} holds predictions of an earlier version; take another folder, runs=FOLDER")
+        raise ConfigError(f"{folder} {EARLIER}")
     return MachineFactors.from_pairs(float(predictions["slowdown"]), predictions["factors"])
 
 

@@ -35,8 +35,9 @@ class LoopConfig(HwReplayConfig):
     learner: label of the policy that must not be below the best rule; null for none.
     fixed: labels of policies that never change the plan; the other ones must.
     rounds: number of the last round. In each, every window is served under every policy, right after it was predicted
-        at the speed that reference runs measured. first_round: number of the first one; two processes can serve
-        different rounds into one folder.
+        at the speed that reference runs measured. Their number is not stated with the predictions, so decide on it
+        before you read results. first_round: number of the first one; two processes can serve different rounds into one
+        folder.
     predict_each: what one prediction covers: ``run``, one window under one policy, or ``window``, one window under all
         policies, which takes fewer reference runs and is for a machine of steady speed.
     repeats: real runs of each policy after one prediction.
@@ -48,8 +49,8 @@ class LoopConfig(HwReplayConfig):
         utility is then the mean of these, with a range. After the judged runs, each is simulated once more with a
         machine as fast as it was during the run; no claim depends on these.
     least_requests: of a window. least_changes: changes of the weights that run, per minute in which requests arrive.
-    points: how far a simulated utility may be from the real one, unless the noise is larger. Like the other two, it is
-        stated with the predictions and cannot be changed when runs are judged.
+    points: how far a simulated utility may be from the real one, unless the noise is larger. These
+        three are stated with the predictions and cannot be changed when runs are judged.
     runs: the folder of run folders. out: where results go.
     note: what else a reader of the page has to know about the runs, such as what the machine did meanwhile.
     page: also (run what is missing, judge, write the page), predict (only write and show the predictions of

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="the real model needs torch: pip install -e 
 
 from hw.calibrate.calibration import calibration_content
 from hw.loop.judged_runs import missing_runs
-from hw.loop.predictions import predicted_utility
+from hw.loop.predictions import check_same_settings, predicted_utility
 from hw.loop.run import Part, _check_alike, _loop
 from hw.loop.settings import parts_of, run_config
 from hw.validate.machine_speed import MachineFactors, machine_factors, run_speeds
@@ -90,9 +90,13 @@ def test_predictions_are_written_before_the_first_judged_run_and_runs_that_exist
     summary.parent.with_name("hw1").joinpath("summary.json").unlink()
     assert _loop(cfg) in (0, 1)
     assert summary.stat().st_mtime_ns == kept
-    for changed in ("windows.one.seed=8", "points=0.2", "least_changes=1"):
-        with pytest.raises(ConfigError, match=f"another {changed.partition('.')[0].partition('=')[0]}"):
-            _loop(compose_config("hw_loop", [*settings, changed, "page=judge"]))
+    for key, value in (("windows.one.seed", 8), ("points", 0.2), ("least_changes", 1), ("least_requests", 9)):
+        with pytest.raises(ConfigError, match=rf"made with other settings \({key.partition('.')[0]}\)"):
+            _loop(compose_config("hw_loop", [*settings, f"{key}={value}", "page=judge"]))
+    old = json.loads(frozen)
+    del old["description"]["points"]
+    with pytest.raises(ConfigError, match="of an earlier version"):
+        check_same_settings(old, cfg, tmp_path)
     noted = path.with_name("judged_for.json")
     content = noted.read_bytes()
     noted.unlink()
