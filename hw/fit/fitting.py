@@ -212,9 +212,9 @@ def _starts(cases: Sequence[Case], free: Sequence[str]) -> list[Floats]:
     values |= {name: float(getattr(server.front_end, name)) for name in FRONT_END if name in free}
     starts = [values]
     if FLOOR in free:
-        starts[0] |= {FLOOR: max(server.spec.priced().host_floor_s, PRIORS[FLOOR].least)}
-        shortest_s = _shortest_gaps_s(cases)
-        starts += [values | {FLOOR: shortest_s}] if shortest_s > 0 else []
+        described_s = max(server.spec.priced().host_floor_s, PRIORS[FLOOR].least)
+        floors_s = [described_s, _shortest_gaps_s(cases)]
+        starts = [values | {FLOOR: floor_s} for floor_s in floors_s if floor_s > 0]
     return [np.array([PRIORS[name].deviations(one[name]) for name in free]) for one in starts]
 
 
@@ -293,7 +293,7 @@ def fit_and_judge(cases: Sequence[Case], free: Sequence[str], *, seed: int = 0) 
 
 
 def _needs_floor(problem: _Problem, deviations: Floats) -> bool:
-    """Return whether a least time of an iteration explains requests much better than the other numbers, or is stated."""
+    """Return whether a least time of an iteration is described, or explains requests much better than other numbers."""
     if problem.cases[0].server.spec.priced().host_floor_s > 0:
         return True
     rest = [name for name in problem.free if name != FLOOR]
