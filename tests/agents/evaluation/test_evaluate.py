@@ -143,7 +143,7 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     assert "with training seeds in the interval too: -0.0100 [" in text
     assert "fewer than six blocks" not in text
     write_parquet(tmp_path / "serve.parquet", frame.assign(block=frame["window"] // 10))
-    assert "a single block: azure_code 2, burst 2." in page(tmp_path)
+    assert "Blocks of time: azure_code 2, burst 2." in page(tmp_path)
     write_parquet(tmp_path / "serve.parquet", frame)
     claim = {"file": "claim.json", "commit": "6" * 40, "date": "2026-01-02T03:04:05", "claims_before": 2}
     replayed = [{"policies": ["learned_x"], "commit": "2" * 40}]
