@@ -175,6 +175,8 @@ def fit(
 ) -> tuple[Point, _Problem, Floats]:
     """Return the best point, the problem and the point in deviations."""
     problem = _Problem(cases, free)
+    if not free:
+        return Point(values={}), problem, np.zeros(0)
     low = np.array([PRIORS[name].deviations(PRIORS[name].least) for name in free])
     high = np.array([PRIORS[name].deviations(PRIORS[name].most) for name in free])
 
@@ -274,14 +276,39 @@ class _Problem:
 
 
 def fit_and_judge(cases: Sequence[Case], free: Sequence[str], *, seed: int = 0) -> Fitted:
-    """Fit on the first two thirds of each run, judge on the last; return the fit with its ranges."""
-    point, problem, deviations = fit(cases, free, polish=all(case.matched for case in cases))
-    if FLOOR in free and not _needs_floor(problem, deviations):
-        return _without_floor(cases, free, seed)
+    """Fit on the first two thirds of each run, judge on the last; return the fit with its ranges.
+
+    A least time of an iteration that is not described counts if it explains the fitted requests much better than the
+    other numbers do; else it is 0.
+    """
+    polish = all(case.matched for case in cases)
+    found = fit(cases, free, polish=polish)
+    if FLOOR not in free or cases[0].server.spec.priced().host_floor_s > 0:
+        return _judged(*found, seed)
+    others = fit(cases, [name for name in free if name != FLOOR], polish=polish)
+    loss, without = (float(np.sum(problem.residuals(at) ** 2)) for _, problem, at in (found, others))
+    if loss < FLOOR_SHARE * without:
+        return _judged(*found, seed)
+    fitted = _judged(*others, seed)
+    return replace(
+        fitted,
+        point=_at_no_floor(fitted.point),
+        ranges={**fitted.ranges, FLOOR: (0.0, _shortest_gaps_s(cases))},
+        samples=tuple(map(_at_no_floor, fitted.samples)),
+    )
+
+
+def _at_no_floor(point: Point) -> Point:
+    return Point(values={**point.values, FLOOR: 0.0})
+
+
+def _judged(point: Point, problem: _Problem, deviations: Floats, seed: int) -> Fitted:
+    """Return a fit with its ranges, judged on the last third of each run."""
+    cases = problem.cases
     held = [case.held_out for case in cases]
     nothing = problem.of_data([expected(case.server, case.run, case.copies) for case in cases], held)
     fitted = problem.of_data(problem.simulated(deviations), held)
-    ranges, samples = _bootstrap(problem, deviations, seed)
+    ranges, samples = _bootstrap(problem, deviations, seed) if problem.free else ({}, (point,))
     return Fitted(
         point=point,
         ranges=ranges,
@@ -289,34 +316,6 @@ def fit_and_judge(cases: Sequence[Case], free: Sequence[str], *, seed: int = 0) 
         nothing=float(sum(np.sum(part**2) for part in nothing)),
         fitted=float(sum(np.sum(part**2) for part in fitted)),
         simulations=problem.simulations,
-    )
-
-
-def _needs_floor(problem: _Problem, deviations: Floats) -> bool:
-    """Return whether a least time of an iteration is described, or explains requests much better than other numbers."""
-    if problem.cases[0].server.spec.priced().host_floor_s > 0:
-        return True
-    rest = [name for name in problem.free if name != FLOOR]
-    _, others, best = fit(problem.cases, rest) if rest else (None, _Problem(problem.cases, []), np.zeros(0))
-    loss, without = (float(np.sum(one.residuals(at) ** 2)) for one, at in ((problem, deviations), (others, best)))
-    return loss < FLOOR_SHARE * without
-
-
-def _without_floor(cases: Sequence[Case], free: Sequence[str], seed: int) -> Fitted:
-    """Return the fit of the other numbers, to runs that show no least time of an iteration."""
-    found = {FLOOR: 0.0}, {FLOOR: (0.0, _shortest_gaps_s(cases))}
-    rest = [name for name in free if name != FLOOR]
-    if rest:
-        others = fit_and_judge(cases, rest, seed=seed)
-        point = Point(values={**others.point.values, **found[0]})
-        samples = tuple(Point(values={**one.values, **found[0]}) for one in others.samples)
-        return replace(others, point=point, ranges={**others.ranges, **found[1]}, samples=samples)
-    problem = _Problem(cases, [])
-    parts = problem.of_data(problem.simulated(np.zeros(0)), [case.held_out for case in cases])
-    loss = float(sum(np.sum(part**2) for part in parts))
-    point = Point(values=found[0])
-    return Fitted(
-        point=point, ranges=found[1], samples=(point,), nothing=loss, fitted=loss, simulations=problem.simulations
     )
 
 

@@ -83,7 +83,6 @@ def test_the_least_time_of_an_iteration_is_written_and_priced(result: Path, caps
     keys = ("free=[front_s,memory_bound,host_floor_s]", "latency=llama3.1_8b_h100", "name=eager", "settings=false")
     assert exit_status(main, f"run=[{','.join(map(str, runs))}]", *keys, "out=mine", *SERVER) == 0
     said = capsys.readouterr().out
-    assert "host_floor_s" in said
     assert said.count("iterations seem to have a least time, as on a server without CUDA graphs") == 2
     written = json.loads(Path("mine/eager.json").read_text())
     assert written["host_floor_us"] == pytest.approx(20e3, rel=0.02)

@@ -113,7 +113,7 @@ def test_a_server_without_a_least_time_of_an_iteration_gets_none(others: list[st
     assert priced(cases[0].server.spec.priced(), fitted.point).host_floor_s == 0.0
 
 
-def test_a_least_time_that_the_description_states_is_where_the_fit_starts() -> None:
+def test_a_least_time_that_the_description_states_is_kept() -> None:
     values = {"memory_bound": 1.0, "host_floor_s": 0.2}
     cases = two_rates(values, 0.05, 0.15)
     server = cases[0].server.with_latency(cases[0].server.spec.priced().with_host_floor(0.2))
