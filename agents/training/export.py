@@ -51,6 +51,8 @@ class ExportConfig:
     wait_share: for serving: in place of the network's limits of the wait, let a request wait for this share of what the
         TTFT target leaves after the measured time to start (``sim.policies.admission.WaitLimit``); null keeps the
         network's.
+    room_weight: for serving: lower the values of plans that have room for less than half of the demanded KV, by this
+        much per e-fold (``sim.policies.kv_room.KvRoom``); null leaves them.
     """
 
     run: str = ""
@@ -61,6 +63,7 @@ class ExportConfig:
     guard: bool = False
     pace_share: float | None = None
     wait_share: float | None = None
+    room_weight: float | None = None
 
 
 ConfigStore.instance().store(name="export_schema", node=ExportConfig)
@@ -296,6 +299,21 @@ def add_bound(path: Path, name: str, share: float) -> None:
     write_json(path, {**learned.about, name: share})
 
 
+def add_room(path: Path, weight: float) -> None:
+    """State the weight of the room for KV in the JSON file of a serving policy.
+
+    Raises:
+        ConfigError: for another policy.
+    """
+    learned = read_learned(path, policy_task(path))
+    if learned.about["task"] != "ServeTrace":
+        raise ConfigError(
+            f"room_weight is {weight:g}, but {path.name} was trained in {learned.about['task']}, not to serve; leave "
+            "room_weight out"
+        )
+    write_json(path, {**learned.about, "room_weight": weight})
+
+
 def policy_task(path: Path) -> str:
     """Return the environment in which the policy of a JSON file was trained.
 
@@ -443,11 +461,15 @@ def _run(cfg: DictConfig) -> None:
         if not 0.0 < share < math.inf:
             what = f"a share of the target of {BOUNDS[name][1]}, above 0, such as 0.9"
             raise ConfigError(f"{name} is {share}; it must be {what}")
+    if cfg.room_weight is not None and not 0.0 < cfg.room_weight < math.inf:
+        raise ConfigError(f"room_weight is {cfg.room_weight}; it must be a number above 0, such as 4.0, or null")
     target = export(folders[0], target) if cfg.run else export_average(folders, target)
     if cfg.guard:
         add_guard(target)
     for name, share in shares.items():
         add_bound(target, name, float(share))
+    if cfg.room_weight is not None:
+        add_room(target, float(cfg.room_weight))
     learned = read_learned(target, policy_task(target))
     utility = learned.about.get("training", {}).get("validation_utility")
     validated = "" if utility is None else f", validation utility {utility:.4f}"

@@ -69,7 +69,11 @@ def _network(about: Mapping[str, Any]) -> str:
     wait = about.get("wait_share")
     left = "(target of the first token - measured time to start)"
     waits = "" if wait is None else f"; a request waits for at most {wait:g} x {left}"
-    return f"{kind} {sizes}, {about['parameters']:,} parameters{guard}{paced}{waits}"
+    weight = about.get("room_weight")
+    roomy = (
+        "" if weight is None else f"; plans with room for less than half of the demanded KV lose {weight:g} per e-fold"
+    )
+    return f"{kind} {sizes}, {about['parameters']:,} parameters{guard}{paced}{waits}{roomy}"
 
 
 def _slo(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -93,8 +97,7 @@ def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "seconds" in of:
         rows.append(("time to the best states", f"{of['seconds']:,.0f} s in all"))
     if "validation_utility" in of:
-        bounded = "pace_share" in about or "wait_share" in about
-        without = " of the networks without the bounds" if bounded else ""
+        without = " of the networks alone" if {"pace_share", "wait_share", "room_weight"} & about.keys() else ""
         rows.append(("validation utility", f"{of['validation_utility']:.4f}{without}"))
     return rows
 

@@ -104,6 +104,15 @@ def saved_tokens(plan: Plan, tokens: int) -> int:
     return 0 if plan.kv_compression is None else plan.kv_compression.saved_tokens(tokens)
 
 
+TYPICAL_TOKENS = 1024
+"""The prompt by which the KV bytes of a token are counted: what compressing frees depends little on its length."""
+
+
+def token_kv_bytes(model: ModelSpec, plan: Plan) -> float:
+    """Return the bytes that are stored of a token of a prompt of ``TYPICAL_TOKENS``."""
+    return stored_kv_bytes(model, plan, TYPICAL_TOKENS) / TYPICAL_TOKENS
+
+
 def stored_kv_bytes(model: ModelSpec, plan: Plan, prompt_tokens: int) -> int:
     """Return the bytes that are stored of a prompt for decode: the tokens and bits of each MHA block that it runs.
 

@@ -37,7 +37,7 @@ from sim.policies.observation.prune import (
     same_table,
 )
 from sim.policies.prune_guard import PruneGuard, read_guard
-from sim.types import Bools, Floats32
+from sim.types import Bools, Floats, Floats32
 
 SHIPPED = REPOSITORY / "conf" / "policy"
 
@@ -143,10 +143,12 @@ class Network(Immutable):
             x = x if features.ndim == 2 else x[0]
         return x if self.heads is None else pair_values(x, self.heads)
 
-    def act(self, features: Floats32, legal: Bools) -> NDArray[np.int64]:
-        """Return the legal action with the highest value in each row."""
+    def act(self, features: Floats32, legal: Bools, added: Floats | None = None) -> NDArray[np.int64]:
+        """Return the legal action with the highest value in each row; ``added``: to the values, [a] or [n, a]."""
         # Values of weights near the limits of float32 overflow; a legal action still precedes every illegal one.
         values = np.fmax(self(features), LOWEST)
+        if added is not None:
+            values = values + added
         chosen: NDArray[np.int64] = np.where(legal, values, -np.inf).argmax(axis=-1)
         return chosen
 

@@ -111,6 +111,7 @@ OPTIONAL: Mapping[str, Check] = {
     "low_loss": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
     "pace_share": (lambda value: _number(value) and value > 0, "a share of the TPOT target, above 0"),
     "wait_share": (lambda value: _number(value) and value > 0, "a share of the TTFT target, above 0"),
+    "room_weight": (lambda value: _number(value) and value > 0, "a number above 0"),
 }
 GUARD: Mapping[str, Check] = {
     "rule": (lambda value: value == "greedy_stop", "greedy_stop"),

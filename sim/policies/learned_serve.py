@@ -12,6 +12,7 @@ from sim.engine.protocol import EngineState
 from sim.errors import ConfigError
 from sim.policies.admission import PaceLimit, WaitLimit
 from sim.policies.base import Policy, PolicyContext
+from sim.policies.kv_room import KvRoom, kv_room
 from sim.policies.learned import Learned, Network, check_tables, read_learned
 from sim.policies.observation.prune import ObservationSpec
 from sim.policies.observation.serve import (
@@ -35,6 +36,7 @@ class LearnedServe:
     pace: bounds what runs at once, in addition to the plan's own limit, so that the TPOT target is met; None for no
         bound. wait: bounds the wait in place of the plan's own limit, so that the TTFT target is met; None leaves that.
         The network observes its own choice.
+    room: adds to the values of plans that have little room for KV; None adds nothing.
     """
 
     network: Network
@@ -43,6 +45,7 @@ class LearnedServe:
     reads: int
     pace: PaceLimit | None = None
     wait: WaitLimit | None = None
+    room: KvRoom | None = None
     choice: Choice = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +64,8 @@ class LearnedServe:
     def __call__(self, state: EngineState) -> Plan:
         """Observe and choose."""
         features = self.observer(state, self.choice)[: self.reads]
-        action = int(self.network.act(features, self.actions.legal(state, self.choice)))
+        added = None if self.room is None else self.room(state)
+        action = int(self.network.act(features, self.actions.legal(state, self.choice), added))
         self.choice = self.actions.chosen(state, self.choice, action)
         for bound in (self.wait, self.pace):
             if bound is not None:
@@ -109,7 +113,9 @@ def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) ->
     pace = None if share is None or math.isinf(terms.tpot_s) else PaceLimit(share * terms.tpot_s)
     share = learned.about.get("wait_share")
     wait = None if share is None or ttft_s is None else WaitLimit(float(ttft_s), share)
-    return LearnedServe(learned.network, actions, observer, reads, pace, wait)
+    weight, table_of = learned.about.get("room_weight"), (actions.plans, actions.weights_bytes, served.workspace_bytes)
+    room = None if weight is None else kv_room(served.model, *table_of, float(weight))
+    return LearnedServe(learned.network, actions, observer, reads, pace, wait, room)
 
 
 def _terms(learned: Learned, served: PolicyContext, actions: ServeActions) -> Terms:

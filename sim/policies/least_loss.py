@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sim.cost.kv_format import stored_kv_bytes
+from sim.cost.kv_format import token_kv_bytes
 from sim.cost.plan import Plan, describe, is_positive
 from sim.engine.protocol import EngineState
 from sim.engine.server_spec import ServerSpec, which_quality
@@ -29,8 +29,6 @@ from sim.policies.load_table import budget_of
 from sim.policies.observation.serve import Choice, ServeActions, actions_from
 from sim.types import Bools, Floats
 
-TYPICAL_TOKENS = 1024
-"""The prompt by which the KV bytes of a token are counted: what compressing frees depends little on its length."""
 MOST_PRICES = 4096
 """Prices that are kept, so that a load that recurs is not priced again."""
 
@@ -183,12 +181,11 @@ def least_loss(
             f"policy=least_loss: the loss of the plan {describe(unknown)} of {server.model.name} is unknown; choose "
             f"other plans (policy.actions); {which_quality(server.model.name, table.plans)}"
         )
-    kv_bytes = [stored_kv_bytes(served.model, plan, TYPICAL_TOKENS) / TYPICAL_TOKENS for plan in table.plans]
     return LeastLoss(
         server=server,
         actions=table,
         losses=losses,
-        kv_bytes=np.array(kv_bytes),
+        kv_bytes=np.array([token_kv_bytes(served.model, plan) for plan in table.plans]),
         tpot_s=tpot_s,
         headroom=headroom,
         waiting_share=waiting_share,

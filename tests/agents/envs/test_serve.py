@@ -18,6 +18,7 @@ from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows, source_trace
 from agents.evaluation.tuning import mean_utility
 from agents.training.validation import validation_windows
+from sim.cost.kv_format import token_kv_bytes
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import dense_plan
 from sim.engine.sim_engine import SimEngine
@@ -223,6 +224,32 @@ def test_a_bound_of_the_wait_replaces_the_limit_of_the_network(tmp_path: Path) -
         path.write_text(json.dumps({**about, "wait_share": bad}))
         with pytest.raises(ConfigError, match=r"wait_share is .*; it must be a share of the TTFT target, above 0"):
             learned_serve(PolicyContext.of(setting.server), path=str(path))
+
+
+def test_the_room_for_kv_is_added_to_the_values_of_the_network(tmp_path: Path) -> None:
+    setting = ServeSetting(slo="ttft_2s_tpot_100ms")
+    features, outputs = setting.table.features, len(setting.actions.plans)
+    weight, bias = np.zeros((outputs, features), dtype=np.float32), np.zeros(outputs, dtype=np.float32)
+    dense, pruned = setting.actions.groups.index(0), setting.actions.named("drop 20, W4 32, queue any, wait 1 s")
+    bias[dense], bias[pruned] = 2.0, 1.0
+    path, about = write_linear_policy(tmp_path, "ServeTrace", setting, weight, bias)
+    context = PolicyContext.of(setting.server)
+    first = setting.actions.plans[dense]
+    left = round(100 * token_kv_bytes(setting.model, first))  # dense weights leave room for a hundred tokens
+    budget_bytes = setting.actions.weights_bytes[dense] + context.workspace_bytes + left
+    idle = replace(setting.build_engine(WINDOW, first).run_until(0.0), budget_bytes=budget_bytes, waiting_tokens=200)
+    full = replace(idle, waiting_tokens=10_000)
+    chosen = {}
+    for room_weight in (None, 4.0):
+        path.write_text(json.dumps(about if room_weight is None else {**about, "room_weight": room_weight}))
+        plans = [learned_serve(context, path=str(path))(state) for state in (idle, full)]
+        chosen[room_weight] = [setting.actions.plans.index(plan) for plan in plans]
+    assert chosen[None] == [dense, dense]
+    assert chosen[4.0] == [dense, pruned]
+    for bad in (0.0, -1.0, "x"):
+        path.write_text(json.dumps({**about, "room_weight": bad}))
+        with pytest.raises(ConfigError, match=r"room_weight is .*; it must be a number above 0"):
+            learned_serve(context, path=str(path))
 
 
 def test_no_training_window_overlaps_the_time_of_validation_or_test() -> None:

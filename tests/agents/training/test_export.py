@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from agents.training.export import (
     add_bound,
+    add_room,
     export,
     export_average,
     next_command,
@@ -218,7 +219,9 @@ def test_a_policy_that_is_no_option_says_how_to_run_a_file() -> None:
         option_path("policy", "mine")
 
 
-def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it(tmp_path: Path) -> None:
+def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it_and_only_one_that_serves_weighs_room(
+    tmp_path: Path,
+) -> None:
     target = export(training(tmp_path / "serve", "learned_serve_llama2"), tmp_path / "mine.json")
     for name, share in (("pace_share", 0.9), ("wait_share", 0.7)):
         add_bound(target, name, share)
@@ -230,6 +233,13 @@ def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it(tmp_path: Pa
     add_bound(tmp_path / "learned_serve_smollm2.json", "wait_share", 0.7)
     with pytest.raises(ConfigError, match="was not trained to serve with a target of the time to the first token"):
         add_bound(tmp_path / "learned_prune_smollm2.json", "wait_share", 0.7)
+    add_room(target, 4.0)
+    assert read_learned(target, "ServeTrace").about["room_weight"] == 4.0
+    with pytest.raises(ConfigError, match=r"room_weight is 4, but .* was trained in PruneToBudget, not to serve"):
+        add_room(tmp_path / "learned_prune_smollm2.json", 4.0)
+    wrong = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "room_weight=-1")
+    assert wrong.returncode == 2
+    assert "room_weight is -1.0; it must be a number above 0" in wrong.stderr
     done = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "pace_share=0")
     assert done.returncode == 2
     assert "pace_share is 0.0; it must be a share of the target of the time per output token, above 0" in done.stderr

@@ -17,7 +17,7 @@ from sim.engine.server_spec import ServerSpec, named_quality
 from sim.engine.steady_decode import steady_decode_s
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
-from sim.policies.least_loss import TYPICAL_TOKENS, LeastLoss, least_loss
+from sim.policies.least_loss import LeastLoss, least_loss
 
 QUALITY = "llama2_7b_transferred"
 SERVER = replace(
@@ -71,10 +71,7 @@ def test_no_plan_that_fits_and_is_in_time_loses_less(seed: int) -> None:
     made = policy(tpot_s=bound_s, patience=1)
     chosen = made(state)
     tokens = state.running_tokens + state.waiting_tokens
-    held = [
-        weight_bytes(MODEL, plan) + tokens * stored_kv_bytes(MODEL, plan, TYPICAL_TOKENS) / TYPICAL_TOKENS
-        for plan in made.plans
-    ]
+    held = [weight_bytes(MODEL, plan) + tokens * stored_kv_bytes(MODEL, plan, 1024) / 1024 for plan in made.plans]
     fits = [at for at, size in enumerate(held) if size <= state.budget_bytes]
     timely = [at for at in fits if made.in_time(state, at)]
     at = made.plans.index(chosen)
