@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import re
 import shlex
 import shutil
@@ -31,7 +30,7 @@ from sim.cost.quality import BEST_FORM, QUALITIES
 from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, RapLabError, nearest
 from sim.policies.learned import SHIPPED, Learned, Network, averaged, read_learned
-from sim.policies.learned_files import MAX_MEMBERS, read_about
+from sim.policies.learned_files import MAX_MEMBERS, SERVING_TERMS, read_about
 from sim.policies.prune_guard import about_guard
 from sim.results.run_folder import commit, write_json, write_text
 
@@ -48,11 +47,12 @@ class ExportConfig:
     guard: for pruning: run greedy_stop's plan unless the network's is clearly better (``sim.policies.prune_guard``).
     pace_share: for serving: bound what runs at once, so that an iteration takes at most this share of the TPOT target
         (``sim.policies.admission.PaceLimit``); null for no bound.
+    run_share: for serving: the same limit in place of the network's own; null keeps the network's.
     wait_share: for serving: in place of the network's limits of the wait, let a request wait for this share of what the
         TTFT target leaves after the measured time to start (``sim.policies.admission.WaitLimit``); null keeps the
         network's.
-    room_weight: for serving: lower the values of plans that have room for less than half of the demanded KV, by this
-        much per e-fold (``sim.policies.kv_room.KvRoom``); null leaves them.
+    room_weight: for serving: lower the value of a plan with room for less than half of the demanded tokens by this much
+        times ln(half of the demand / room) (``sim.policies.kv_room.KvRoom``); null leaves it.
     """
 
     run: str = ""
@@ -62,6 +62,7 @@ class ExportConfig:
     cards: bool = False
     guard: bool = False
     pace_share: float | None = None
+    run_share: float | None = None
     wait_share: float | None = None
     room_weight: float | None = None
 
@@ -278,40 +279,41 @@ def add_guard(path: Path) -> None:
     write_json(path, {**learned.about, "guard": guard})
 
 
-BOUNDS = {
+TARGETS = {
     "pace_share": ("tpot_s", "the time per output token"),
+    "run_share": ("tpot_s", "the time per output token"),
     "wait_share": ("ttft_s", "the time to the first token"),
 }
 """Share of a target -> the target, and what it is of."""
 
 
-def add_bound(path: Path, name: str, share: float) -> None:
-    """State one of ``BOUNDS`` in the JSON file of a serving policy.
+def check_terms(policy: Learned, terms: Mapping[str, float]) -> None:
+    """Check that ``SERVING_TERMS`` can be stated in the file of a policy.
 
     Raises:
-        ConfigError: for another policy, or training without such a target.
+        ConfigError: for a value out of range, two limits of what runs, another policy, or training without the target.
     """
-    learned, (target, what) = read_learned(path, policy_task(path)), BOUNDS[name]
-    if learned.about["task"] != "ServeTrace" or not (learned.about.get("slo") or {}).get(target):
-        raise ConfigError(
-            f"{name} is {share:g}, but {path.name} was not trained to serve with a target of {what}; leave {name} out"
-        )
-    write_json(path, {**learned.about, name: share})
+    for name, value in terms.items():
+        target, what = TARGETS.get(name, ("", ""))
+        if not 0.0 < value < 1e18:
+            kind = f"a share of the target of {what}, above 0, such as 0.9" if what else "a number above 0, such as 4.0"
+            raise ConfigError(f"{name} is {value:g}; it must be {kind}")
+        if policy.about["task"] != "ServeTrace" or (target and not (policy.about.get("slo") or {}).get(target)):
+            trained = "to serve" + f" with a target of {what}" * bool(what)
+            raise ConfigError(f"{name} is {value:g}, but {policy.path} was not trained {trained}; leave {name} out")
+    if {"pace_share", "run_share"} <= terms.keys():
+        raise ConfigError("pace_share and run_share both limit what runs at once; leave one of them out")
 
 
-def add_room(path: Path, weight: float) -> None:
-    """State the weight of the room for KV in the JSON file of a serving policy.
+def add_terms(path: Path, terms: Mapping[str, float]) -> None:
+    """State ``SERVING_TERMS`` in the JSON file of a serving policy.
 
     Raises:
-        ConfigError: for another policy.
+        ConfigError: as ``check_terms``.
     """
     learned = read_learned(path, policy_task(path))
-    if learned.about["task"] != "ServeTrace":
-        raise ConfigError(
-            f"room_weight is {weight:g}, but {path.name} was trained in {learned.about['task']}, not to serve; leave "
-            "room_weight out"
-        )
-    write_json(path, {**learned.about, "room_weight": weight})
+    check_terms(learned, terms)
+    write_json(path, {**learned.about, **terms})
 
 
 def policy_task(path: Path) -> str:
@@ -456,20 +458,13 @@ def _run(cfg: DictConfig) -> None:
         raise ConfigError("set run=FOLDER for one training, or 'runs=FOLDERS' for the average of several")
     folders = [Path(cfg.run)] if cfg.run else run_folders(runs)
     target = target_file(str(cfg.name), str(cfg.out), folders[0] if cfg.run else folders[0].parent)
-    shares = {name: cfg[name] for name in BOUNDS if cfg[name] is not None}
-    for name, share in shares.items():
-        if not 0.0 < share < math.inf:
-            what = f"a share of the target of {BOUNDS[name][1]}, above 0, such as 0.9"
-            raise ConfigError(f"{name} is {share}; it must be {what}")
-    if cfg.room_weight is not None and not 0.0 < cfg.room_weight < math.inf:
-        raise ConfigError(f"room_weight is {cfg.room_weight}; it must be a number above 0, such as 4.0, or null")
+    terms = {name: float(cfg[name]) for name in SERVING_TERMS if cfg[name] is not None}
+    check_terms(best_policy(folders[0]), terms)
     target = export(folders[0], target) if cfg.run else export_average(folders, target)
     if cfg.guard:
         add_guard(target)
-    for name, share in shares.items():
-        add_bound(target, name, float(share))
-    if cfg.room_weight is not None:
-        add_room(target, float(cfg.room_weight))
+    if terms:
+        add_terms(target, terms)
     learned = read_learned(target, policy_task(target))
     utility = learned.about.get("training", {}).get("validation_utility")
     validated = "" if utility is None else f", validation utility {utility:.4f}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sim.pages.render import table
+from sim.policies.learned_files import SERVING_TERMS
 
 DECIDES = {
     "PruneToBudget": "which blocks to drop, one after another, until a load fits a memory budget",
@@ -64,15 +65,14 @@ def _network(about: Mapping[str, Any]) -> str:
     members = int(about.get("members", 1))
     kind = f"average of {members} perceptrons" if members > 1 else "perceptron"
     guard = "; a guard keeps greedy_stop's plan unless another is clearly better" if "guard" in about else ""
-    pace = about.get("pace_share")
+    pace = about.get("pace_share", about.get("run_share"))
     paced = "" if pace is None else f"; as many requests run as meet {pace:g} of the target per output token"
     wait = about.get("wait_share")
     left = "(target of the first token - measured time to start)"
     waits = "" if wait is None else f"; a request waits for at most {wait:g} x {left}"
     weight = about.get("room_weight")
-    roomy = (
-        "" if weight is None else f"; plans with room for less than half of the demanded KV lose {weight:g} per e-fold"
-    )
+    half = "half of the demanded tokens"
+    roomy = "" if weight is None else f"; a plan with room for less than {half} loses {weight:g} x ln({half} / room)"
     return f"{kind} {sizes}, {about['parameters']:,} parameters{guard}{paced}{waits}{roomy}"
 
 
@@ -97,7 +97,7 @@ def _training(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "seconds" in of:
         rows.append(("time to the best states", f"{of['seconds']:,.0f} s in all"))
     if "validation_utility" in of:
-        without = " of the networks alone" if {"pace_share", "wait_share", "room_weight"} & about.keys() else ""
+        without = " of the networks alone" if about.keys() & set(SERVING_TERMS) else ""
         rows.append(("validation utility", f"{of['validation_utility']:.4f}{without}"))
     return rows
 

@@ -105,11 +105,11 @@ def saved_tokens(plan: Plan, tokens: int) -> int:
 
 
 TYPICAL_TOKENS = 1024
-"""The prompt by which the KV bytes of a token are counted: what compressing frees depends little on its length."""
+"""The length of a prompt by which the KV bytes of a token are counted; what compressing frees depends little on it."""
 
 
 def token_kv_bytes(model: ModelSpec, plan: Plan) -> float:
-    """Return the bytes that are stored of a token of a prompt of ``TYPICAL_TOKENS``."""
+    """Return the bytes of KV that are stored per token of a prompt of ``TYPICAL_TOKENS``."""
     return stored_kv_bytes(model, plan, TYPICAL_TOKENS) / TYPICAL_TOKENS
 
 

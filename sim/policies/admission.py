@@ -75,21 +75,32 @@ class SpeedCurve:
             return None
         return min(LARGEST, max(1, math.floor((iteration_s - (y - slope * x) / weight) / slope)))
 
+    def in_proportion(self, iteration_s: float) -> int | None:
+        """Return how many requests would run if the time grew in proportion to them; None without a point."""
+        _, x, y, _, _ = self.sums
+        return min(LARGEST, max(1, math.floor(iteration_s * x / y))) if x > 0.0 and y > 0.0 else None
+
+
+GROWTH = 2
+"""How many times as many requests as ever ran a measured limit may allow beyond a plan's own."""
+
 
 @dataclass(slots=True)
 class PaceLimit:
     """Limits how many requests run, so that an iteration takes at most ``iteration_s`` seconds.
 
-    curve: seconds per iteration against running requests, fitted while serving.
+    curve: seconds per iteration against running requests, fitted while serving. seen: the most requests that ran.
     """
 
     iteration_s: float
     curve: SpeedCurve = field(default_factory=lambda: SpeedCurve(60.0))
     before: EngineState | None = None
+    seen: int = 0
 
     def measure(self, state: EngineState) -> None:
         """Add what was seen since the last state."""
         before, self.before = self.before, state
+        self.seen = max(self.seen, state.running)
         if before is None or state.time_s <= before.time_s or state.iterations <= before.iterations:
             return
         iteration_s = (state.busy_s - before.busy_s) / (state.iterations - before.iterations)
@@ -99,6 +110,20 @@ class PaceLimit:
         """Return the plan with the tighter of its own limit and this one."""
         limits = [limit for limit in (self.curve.most_running(self.iteration_s), plan.max_running) if limit is not None]
         return replace(plan, max_running=min(limits, default=None))
+
+    def replaced(self, plan: Plan) -> Plan:
+        """Return the plan with this limit in place of its own.
+
+        A line through points close to each other says little about points far from them. So it raises the plan's own
+        limit to at most ``GROWTH`` times the most requests that ever ran. Where the points show no line, the own limit
+        holds, raised to what would run if the time grew in proportion, which is too low rather than too high.
+        """
+        own, line = plan.max_running, self.curve.most_running(self.iteration_s)
+        if own is None:
+            return replace(plan, max_running=line)
+        if line is None:
+            return replace(plan, max_running=max(own, self.curve.in_proportion(self.iteration_s) or own))
+        return replace(plan, max_running=min(line, max(own, GROWTH * self.seen)))
 
 
 @dataclass(slots=True)

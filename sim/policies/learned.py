@@ -144,7 +144,7 @@ class Network(Immutable):
         return x if self.heads is None else pair_values(x, self.heads)
 
     def act(self, features: Floats32, legal: Bools, added: Floats | None = None) -> NDArray[np.int64]:
-        """Return the legal action with the highest value in each row; ``added``: to the values, [a] or [n, a]."""
+        """Return the legal action with the highest value in each row, after ``added``, [a] or [n, a], is added."""
         # Values of weights near the limits of float32 overflow; a legal action still precedes every illegal one.
         values = np.fmax(self(features), LOWEST)
         if added is not None:

@@ -111,7 +111,8 @@ OPTIONAL: Mapping[str, Check] = {
     "low_loss": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
     "pace_share": (lambda value: _number(value) and value > 0, "a share of the TPOT target, above 0"),
     "wait_share": (lambda value: _number(value) and value > 0, "a share of the TTFT target, above 0"),
-    "room_weight": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "run_share": (lambda value: _number(value) and value > 0, "a share of the TPOT target, above 0"),
+    "room_weight": (lambda value: _number(value) and value > 0, "a number above 0 and below 1e18"),
 }
 GUARD: Mapping[str, Check] = {
     "rule": (lambda value: value == "greedy_stop", "greedy_stop"),
@@ -194,7 +195,20 @@ def read_about(path: Path) -> dict[str, Any]:
         _check(about["guard"], GUARD, "guard.")
     _check_members(about)
     _check_plans(about)
+    _check_terms(about)
     return about
+
+
+SERVING_TERMS = ("pace_share", "run_share", "wait_share", "room_weight")
+"""Keys of policies that serve: what is added to the network (``sim.policies.learned_serve``)."""
+
+
+def _check_terms(about: Mapping[str, Any]) -> None:
+    """Check that only a policy that serves has ``SERVING_TERMS``, and one limit of what runs."""
+    if about["task"] != "ServeTrace" and (found := [name for name in SERVING_TERMS if name in about]):
+        raise ValueError(f"{found[0]} is for policies of ServeTrace, and this one is of {about['task']}")
+    if {"pace_share", "run_share"} <= about.keys():
+        raise ValueError("pace_share and run_share both limit what runs; leave one of them out")
 
 
 def _check(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str) -> None:

@@ -33,10 +33,10 @@ class LearnedServe:
     """Chooses the legal plan with the highest value.
 
     reads: how many of the first entries of an observation the network reads.
-    pace: bounds what runs at once, in addition to the plan's own limit, so that the TPOT target is met; None for no
-        bound. wait: bounds the wait in place of the plan's own limit, so that the TTFT target is met; None leaves that.
-        The network observes its own choice.
-    room: adds to the values of plans that have little room for KV; None adds nothing.
+    pace, run: limit what runs at once so that the TPOT target is met, ``pace`` in addition to the plan's own limit and
+        ``run`` in place of it; None for neither. wait: limits the wait in place of the plan's own limit, so that the
+        TTFT target is met; None leaves that. The network observes its own choice.
+    room: what is added to the values of plans with too little room for KV; None adds nothing.
     """
 
     network: Network
@@ -44,6 +44,7 @@ class LearnedServe:
     observer: ServeObserver
     reads: int
     pace: PaceLimit | None = None
+    run: PaceLimit | None = None
     wait: WaitLimit | None = None
     room: KvRoom | None = None
     choice: Choice = field(init=False)
@@ -67,7 +68,7 @@ class LearnedServe:
         added = None if self.room is None else self.room(state)
         action = int(self.network.act(features, self.actions.legal(state, self.choice), added))
         self.choice = self.actions.chosen(state, self.choice, action)
-        for bound in (self.wait, self.pace):
+        for bound in (self.wait, self.pace, self.run):
             if bound is not None:
                 bound.measure(state)
         return self._bounded(self.actions.plans[action])
@@ -75,6 +76,8 @@ class LearnedServe:
     def _bounded(self, plan: Plan) -> Plan:
         if self.wait is not None:
             plan = self.wait.limited(replace(plan, max_wait_s=None))
+        if self.run is not None:
+            plan = self.run.replaced(plan)
         return plan if self.pace is None else self.pace.limited(plan)
 
 
@@ -109,13 +112,17 @@ def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) ->
     block_bytes = kv_block_layer_bytes(served.model, served.kv_block_tokens)
     terms = _terms(learned, served, actions)
     observer = ServeObserver(served.model, actions, block_bytes, terms)
-    share, ttft_s = learned.about.get("pace_share"), (learned.about.get("slo") or {}).get("ttft_s")
-    pace = None if share is None or math.isinf(terms.tpot_s) else PaceLimit(share * terms.tpot_s)
-    share = learned.about.get("wait_share")
+    pace, run = (_pace(learned.about.get(key), terms.tpot_s) for key in ("pace_share", "run_share"))
+    share, ttft_s = learned.about.get("wait_share"), (learned.about.get("slo") or {}).get("ttft_s")
     wait = None if share is None or ttft_s is None else WaitLimit(float(ttft_s), share)
-    weight, table_of = learned.about.get("room_weight"), (actions.plans, actions.weights_bytes, served.workspace_bytes)
-    room = None if weight is None else kv_room(served.model, *table_of, float(weight))
-    return LearnedServe(learned.network, actions, observer, reads, pace, wait, room)
+    weight = learned.about.get("room_weight")
+    room = None if weight is None else kv_room(served.model, actions, float(weight))
+    return LearnedServe(learned.network, actions, observer, reads, pace, run, wait, room)
+
+
+def _pace(share: float | None, tpot_s: float) -> PaceLimit | None:
+    """Return a limit of what runs by a share of a target; None without a share or a target."""
+    return None if share is None or math.isinf(tpot_s) else PaceLimit(share * tpot_s)
 
 
 def _terms(learned: Learned, served: PolicyContext, actions: ServeActions) -> Terms:

@@ -20,10 +20,11 @@ from agents.evaluation.tuning import mean_utility
 from agents.training.validation import validation_windows
 from sim.cost.kv_format import token_kv_bytes
 from sim.cost.memory import kv_block_layer_bytes
+from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
-from sim.policies.admission import Limited
+from sim.policies.admission import Limited, PaceLimit
 from sim.policies.base import PolicyContext
 from sim.policies.learned_serve import learned_serve, own_plan
 from sim.policies.observation.serve import Choice, ServeObserver, serve_actions
@@ -194,6 +195,70 @@ def test_a_bound_of_the_pace_lowers_what_runs_and_nothing_else(tmp_path: Path) -
     path.write_text(json.dumps({**about, "pace_share": 0.0}))
     with pytest.raises(ConfigError, match=r"pace_share is 0\.0; it must be a share of the TPOT target, above 0"):
         learned_serve(context, path=str(path))
+
+
+def test_a_limit_by_the_pace_replaces_that_of_the_network_once_the_pace_is_known(tmp_path: Path) -> None:
+    setting = ServeSetting(slo="ttft_2s_tpot_100ms")
+    features, outputs = setting.table.features, len(setting.actions.plans)
+    weight, bias = np.zeros((outputs, features), dtype=np.float32), np.zeros(outputs, dtype=np.float32)
+    few = next(at for at, plan in enumerate(setting.actions.plans) if plan.max_running == 16)
+    bias[few] = 1.0
+    path, about = write_linear_policy(tmp_path, "ServeTrace", setting, weight, bias)
+    path.write_text(json.dumps({**about, "run_share": 0.5}))  # iterations of 50 ms
+    policy = learned_serve(PolicyContext.of(setting.server), path=str(path))
+    seen = replace(setting.build_engine(WINDOW, policy.first_plan).run_until(0.0), time_s=1.0, running=10)
+
+    def limit(running: int, iteration_s: float) -> int | None:
+        nonlocal seen
+        seen = replace(
+            seen,
+            time_s=seen.time_s + 1.0,
+            running=running,
+            iterations=seen.iterations + 20,
+            busy_s=seen.busy_s + 20 * iteration_s,
+        )
+        plan = policy(seen)
+        assert replace(plan, max_running=16) == setting.actions.plans[few]
+        return plan.max_running
+
+    assert policy(seen) == setting.actions.plans[few]  # nothing is measured yet
+    assert limit(10, 0.026) == 19  # one point shows no line: 10 x 50 / 26 in proportion
+    assert limit(30, 0.0355) == 35  # a line through (10, 26 ms) and (20, 35.5 ms)
+    path.write_text(json.dumps({**about, "run_share": 0.5, "pace_share": 0.5}))
+    with pytest.raises(ConfigError, match="pace_share and run_share both limit what runs"):
+        learned_serve(PolicyContext.of(setting.server), path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("running", "iteration_ms", "own", "limit"),
+    [
+        ((), (), 7, 7),  # nothing is measured yet
+        ((), (), None, None),
+        ((40, 40), (20.0, 20.0), 7, 100),  # no line: 40 x 50 / 20 in proportion
+        ((40, 40), (20.0, 20.0), 200, 200),  # which lowers nothing
+        ((40, 40), (20.0, 20.0), None, None),
+        ((20, 40), (20.0, 30.5), 7, 48),  # a line through (20, 20 ms) and (30, 30.5 ms)
+        ((40, 41), (20.0, 20.01), 7, 82),  # a flat line: twice as many as ever ran
+        ((40, 41), (20.0, 20.01), 90, 90),  # or the plan's own limit
+        ((20, 40), (40.0, 60.0), 90, 25),  # a line lowers the own limit
+    ],
+)
+def test_a_measured_limit_stands_in_place_of_a_plans_own(
+    running: tuple[int, ...], iteration_ms: tuple[float, ...], own: int | None, limit: int | None
+) -> None:
+    pace, plan = PaceLimit(0.05), replace(dense_plan(load_model("llama2_7b")), max_running=own)
+    seen = ServeSetting().server.build_engine(plan, int(80e9)).run_until(0.0)
+    pace.measure(replace(seen, running=running[0] if running else 0))
+    for each, took_ms in zip(running, iteration_ms, strict=True):
+        seen = replace(
+            seen,
+            time_s=seen.time_s + 1.0,
+            running=each,
+            iterations=seen.iterations + 10,
+            busy_s=seen.busy_s + 0.01 * took_ms,
+        )
+        pace.measure(seen)
+    assert pace.replaced(plan) == replace(plan, max_running=limit)
 
 
 def test_a_bound_of_the_wait_replaces_the_limit_of_the_network(tmp_path: Path) -> None:

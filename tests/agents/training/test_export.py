@@ -14,8 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from agents.training.export import (
-    add_bound,
-    add_room,
+    add_terms,
     export,
     export_average,
     next_command,
@@ -224,25 +223,29 @@ def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it_and_only_one
 ) -> None:
     target = export(training(tmp_path / "serve", "learned_serve_llama2"), tmp_path / "mine.json")
     for name, share in (("pace_share", 0.9), ("wait_share", 0.7)):
-        add_bound(target, name, share)
+        add_terms(target, {name: share})
         assert read_learned(target, "ServeTrace").about[name] == share
     for name in ("learned_prune_smollm2", "learned_serve_smollm2"):  # the second has a target for the first token alone
         other = export(training(tmp_path / name, name), tmp_path / f"{name}.json")
         with pytest.raises(ConfigError, match="was not trained to serve with a target of the time per output token"):
-            add_bound(other, "pace_share", 0.9)
-    add_bound(tmp_path / "learned_serve_smollm2.json", "wait_share", 0.7)
+            add_terms(other, {"run_share": 0.9})
+    add_terms(tmp_path / "learned_serve_smollm2.json", {"wait_share": 0.7})
     with pytest.raises(ConfigError, match="was not trained to serve with a target of the time to the first token"):
-        add_bound(tmp_path / "learned_prune_smollm2.json", "wait_share", 0.7)
-    add_room(target, 4.0)
+        add_terms(tmp_path / "learned_prune_smollm2.json", {"wait_share": 0.7})
+    add_terms(target, {"room_weight": 4.0})
     assert read_learned(target, "ServeTrace").about["room_weight"] == 4.0
-    with pytest.raises(ConfigError, match=r"room_weight is 4, but .* was trained in PruneToBudget, not to serve"):
-        add_room(tmp_path / "learned_prune_smollm2.json", 4.0)
-    wrong = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "room_weight=-1")
+    with pytest.raises(ConfigError, match=r"room_weight is 4, but .* was not trained to serve; leave room_weight out"):
+        add_terms(tmp_path / "learned_prune_smollm2.json", {"room_weight": 4.0})
+    with pytest.raises(ConfigError, match="pace_share and run_share both limit what runs at once"):
+        add_terms(target, {"pace_share": 0.9, "run_share": 0.8})
+    before = target.read_bytes()
+    wrong = run_module("agents.export", f"run={tmp_path / 'serve'}", f"out={target}", "room_weight=1e19")
     assert wrong.returncode == 2
-    assert "room_weight is -1.0; it must be a number above 0" in wrong.stderr
+    assert "room_weight is 1e+19; it must be a number above 0" in wrong.stderr
+    assert target.read_bytes() == before  # it is checked before anything is written
     done = run_module("agents.export", f"run={tmp_path / 'serve'}", "name=mine", "pace_share=0")
     assert done.returncode == 2
-    assert "pace_share is 0.0; it must be a share of the target of the time per output token, above 0" in done.stderr
+    assert "pace_share is 0; it must be a share of the target of the time per output token, above 0" in done.stderr
 
 
 @pytest.mark.parametrize("path", shipped_policies(), ids=lambda path: path.stem)

@@ -8,21 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sim.cost.memory import weight_bytes
 from sim.cost.model_spec import load_model
-from sim.cost.plan import dense_plan, drop, with_mask
 from sim.engine.protocol import EngineState
 from sim.engine.server_spec import ServerSpec
 from sim.policies.kv_room import kv_room
+from sim.policies.observation.serve import serve_actions
 
 MODEL = load_model("llama2_7b")
-DENSE = dense_plan(MODEL)
-PRUNED = with_mask(DENSE, drop(MODEL, mha=range(16), ffn=range(8)))
-PLANS = (DENSE, PRUNED)
-SIZES = tuple(weight_bytes(MODEL, plan) for plan in PLANS)
 WORKSPACE_BYTES = 1 << 30
 TOKEN_BYTES = 2 * 2 * 32 * 4096  # keys and values of two bytes, in 32 layers with 4,096 channels
-ROOM = kv_room(MODEL, PLANS, SIZES, WORKSPACE_BYTES, weight=3.0)
+HALF = [*(f"MHA{layer}" for layer in range(16)), *(f"FFN{layer}" for layer in range(8))]
+ACTIONS = serve_actions(MODEL, order=HALF, drops=[0, 24], workspace_bytes=WORKSPACE_BYTES)
+SIZES = ACTIONS.weights_bytes
+ROOM = kv_room(MODEL, ACTIONS, weight=3.0)
 
 
 def seen(free_bytes: int, running_tokens: int, waiting_tokens: int) -> EngineState:
@@ -30,7 +28,7 @@ def seen(free_bytes: int, running_tokens: int, waiting_tokens: int) -> EngineSta
     server = ServerSpec.from_names(model="llama2_7b", gpu="a100_80gb", latency="llama2_7b_a100_trtllm")
     budget_bytes = SIZES[0] + WORKSPACE_BYTES + free_bytes
     return replace(
-        server.build_engine(DENSE, int(80e9)).run_until(0.0),
+        server.build_engine(ACTIONS.plans[0], int(80e9)).run_until(0.0),
         running_tokens=running_tokens,
         waiting_tokens=waiting_tokens,
         budget_bytes=budget_bytes,
@@ -59,3 +57,19 @@ def test_an_announced_decrease_counts_now_and_an_increase_not_yet() -> None:
 
 def test_weights_that_do_not_fit_leave_room_for_one_token() -> None:
     assert ROOM(seen(-(1 << 30), 4000, 0))[0] == pytest.approx(3.0 * math.log(1 / 2000))
+
+
+def test_tokens_are_counted_as_a_plan_stores_them() -> None:
+    stored = kv_room(MODEL, serve_actions(MODEL, kv_bits=[16, 8], workspace_bytes=WORKSPACE_BYTES), weight=1.0)
+    whole, halved = stored(seen(1000 * TOKEN_BYTES, 0, 8000))
+    assert whole == pytest.approx(math.log(1000 / 4000))
+    assert halved == pytest.approx(math.log(2000 / 4000), rel=0.05)  # with the scales of 8 bits
+
+
+def test_a_plan_that_stores_no_kv_has_room_for_every_demand() -> None:
+    no_attention = serve_actions(
+        MODEL, order=[f"MHA{layer}" for layer in range(32)], drops=[0, 32], workspace_bytes=WORKSPACE_BYTES
+    )
+    dense, without = kv_room(MODEL, no_attention, weight=1.0)(seen(1000 * TOKEN_BYTES, 0, 1_000_000))
+    assert dense == pytest.approx(math.log(1000 / 500_000))
+    assert without == 0.0
