@@ -22,6 +22,7 @@ from sim.cost.kv_format import token_kv_bytes
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.model_spec import load_model
 from sim.cost.plan import dense_plan
+from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError
 from sim.policies.admission import Limited, PaceLimit
@@ -197,6 +198,17 @@ def test_a_bound_of_the_pace_lowers_what_runs_and_nothing_else(tmp_path: Path) -
         learned_serve(context, path=str(path))
 
 
+def a_second_later(state: EngineState, running: int, iteration_s: float) -> EngineState:
+    """Return the state after a second with ten iterations of this length."""
+    return replace(
+        state,
+        time_s=state.time_s + 1.0,
+        running=running,
+        iterations=state.iterations + 10,
+        busy_s=state.busy_s + 10 * iteration_s,
+    )
+
+
 def test_a_limit_by_the_pace_replaces_that_of_the_network_once_the_pace_is_known(tmp_path: Path) -> None:
     setting = ServeSetting(slo="ttft_2s_tpot_100ms")
     features, outputs = setting.table.features, len(setting.actions.plans)
@@ -210,13 +222,7 @@ def test_a_limit_by_the_pace_replaces_that_of_the_network_once_the_pace_is_known
 
     def limit(running: int, iteration_s: float) -> int | None:
         nonlocal seen
-        seen = replace(
-            seen,
-            time_s=seen.time_s + 1.0,
-            running=running,
-            iterations=seen.iterations + 20,
-            busy_s=seen.busy_s + 20 * iteration_s,
-        )
+        seen = a_second_later(seen, running, iteration_s)
         plan = policy(seen)
         assert replace(plan, max_running=16) == setting.actions.plans[few]
         return plan.max_running
@@ -250,13 +256,7 @@ def test_a_measured_limit_stands_in_place_of_a_plans_own(
     seen = ServeSetting().server.build_engine(plan, int(80e9)).run_until(0.0)
     pace.measure(replace(seen, running=running[0] if running else 0))
     for each, took_ms in zip(running, iteration_ms, strict=True):
-        seen = replace(
-            seen,
-            time_s=seen.time_s + 1.0,
-            running=each,
-            iterations=seen.iterations + 10,
-            busy_s=seen.busy_s + 0.01 * took_ms,
-        )
+        seen = a_second_later(seen, each, took_ms / 1000.0)
         pace.measure(seen)
     assert pace.replaced(plan) == replace(plan, max_running=limit)
 
