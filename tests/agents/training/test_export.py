@@ -222,7 +222,7 @@ def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it_and_only_one
     tmp_path: Path,
 ) -> None:
     target = export(training(tmp_path / "serve", "learned_serve_llama2"), tmp_path / "mine.json")
-    for name, share in (("pace_share", 0.9), ("wait_share", 0.7)):
+    for name, share in (("run_share", 0.9), ("wait_share", 0.7)):
         add_terms(target, {name: share})
         assert read_learned(target, "ServeTrace").about[name] == share
     for name in ("learned_prune_smollm2", "learned_serve_smollm2"):  # the second has a target for the first token alone
@@ -237,7 +237,7 @@ def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it_and_only_one
     with pytest.raises(ConfigError, match=r"room_weight is 4, but .* was not trained to serve; leave room_weight out"):
         add_terms(tmp_path / "learned_prune_smollm2.json", {"room_weight": 4.0})
     with pytest.raises(ConfigError, match="pace_share and run_share both limit what runs at once"):
-        add_terms(target, {"pace_share": 0.9, "run_share": 0.8})
+        add_terms(target, {"pace_share": 0.9})  # next to the run_share that its file states
     before = target.read_bytes()
     wrong = run_module("agents.export", f"run={tmp_path / 'serve'}", f"out={target}", "room_weight=1e19")
     assert wrong.returncode == 2
