@@ -301,8 +301,11 @@ def check_terms(policy: Learned, terms: Mapping[str, float]) -> None:
         if policy.about["task"] != "ServeTrace" or (target and not (policy.about.get("slo") or {}).get(target)):
             trained = "to serve" + f" with a target of {what}" * bool(what)
             raise ConfigError(f"{name} is {value:g}, but {policy.path} was not trained {trained}; leave {name} out")
-    if {"pace_share", "run_share"} <= terms.keys() | policy.about.keys():
-        raise ConfigError("pace_share and run_share both limit what runs at once; leave one of them out")
+    both = {"pace_share", "run_share"}
+    if both <= terms.keys() | policy.about.keys():
+        stated = sorted(both & policy.about.keys() - terms.keys())
+        remedy = f"{policy.path} states {stated[0]} already" if stated else "leave one of them out"
+        raise ConfigError(f"pace_share and run_share both limit what runs at once; {remedy}")
 
 
 def add_terms(path: Path, terms: Mapping[str, float]) -> None:

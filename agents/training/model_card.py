@@ -65,8 +65,10 @@ def _network(about: Mapping[str, Any]) -> str:
     members = int(about.get("members", 1))
     kind = f"average of {members} perceptrons" if members > 1 else "perceptron"
     guard = "; a guard keeps greedy_stop's plan unless another is clearly better" if "guard" in about else ""
-    pace = about.get("pace_share", about.get("run_share"))
-    paced = "" if pace is None else f"; as many requests run as meet {pace:g} of the target per output token"
+    pace, run = about.get("pace_share"), about.get("run_share")
+    meet = "of the target per output token"
+    paced = "" if pace is None else f"; no more requests run than meet {pace:g} {meet}"
+    paced += "" if run is None else f"; as many requests run as meet {run:g} {meet}, whatever the network chose"
     wait = about.get("wait_share")
     left = "(target of the first token - measured time to start)"
     waits = "" if wait is None else f"; a request waits for at most {wait:g} x {left}"

@@ -73,7 +73,7 @@ def bench_decision(name: str, network: Network, features: int, actions: int) -> 
 
 
 def bench_served_decision(name: str) -> None:
-    """Print the time of one decision of a policy in validation windows: observation, network and bounds.
+    """Print the time of one decision of a policy in validation windows: observation, network and terms.
 
     The first window is played once before, without being timed.
     """
@@ -83,7 +83,7 @@ def bench_served_decision(name: str) -> None:
     for number, window in enumerate((windows[0], *windows)):
         policy = conf_policy(name)(policy_context(setting))
         play_window(setting, window, Timed(policy, took_s) if number else policy)
-    print_decisions(f"{name}: observation, network and bounds", took_s)
+    print_decisions(f"{name}: observation, network and terms", took_s)
 
 
 def print_decisions(name: str, took_s: list[float]) -> None:

@@ -236,9 +236,12 @@ def test_only_a_policy_that_serves_with_a_target_gets_a_bound_by_it_and_only_one
     assert read_learned(target, "ServeTrace").about["room_weight"] == 4.0
     with pytest.raises(ConfigError, match=r"room_weight is 4, but .* was not trained to serve; leave room_weight out"):
         add_terms(tmp_path / "learned_prune_smollm2.json", {"room_weight": 4.0})
-    with pytest.raises(ConfigError, match="pace_share and run_share both limit what runs at once"):
-        add_terms(target, {"pace_share": 0.9})  # next to the run_share that its file states
     before = target.read_bytes()
+    both = "pace_share and run_share both limit what runs at once; "
+    with pytest.raises(ConfigError, match=both + r".*mine\.json states run_share already"):
+        add_terms(target, {"pace_share": 0.9})
+    with pytest.raises(ConfigError, match=both + "leave one of them out"):
+        add_terms(target, {"pace_share": 0.9, "run_share": 0.8})
     wrong = run_module("agents.export", f"run={tmp_path / 'serve'}", f"out={target}", "room_weight=1e19")
     assert wrong.returncode == 2
     assert "room_weight is 1e+19; it must be a number above 0" in wrong.stderr
