@@ -20,7 +20,8 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from agents.envs.serve_foresight import ENTRIES as FORESEEN
 from agents.training.episodes import FILE, read_recorded
-from agents.training.modules import MaskedDQN, MaskedPPO, ReportsDivergence
+from agents.training.learners import KeepsMargin, ReportsDivergence
+from agents.training.modules import MaskedDQN, MaskedPPO
 from agents.training.prelearner import CheckedPreLearner
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
@@ -99,7 +100,7 @@ def dqn(
         target_update_steps: environment steps between updates of the target network.
         tau: share by which an update moves the target network to the trained one; 1 copies it.
         epsilon: share of random actions as [environment step, share] points, linear between them.
-        n_step: steps of a return. double_q: use double Q-learning.
+        n_step: steps of a return, at most steps_an_update // num_envs. double_q: use double Q-learning.
     """
     fragment = max(1, steps_an_update // setup.num_envs)
     config = DQNConfig().training(  # type: ignore[no-untyped-call]
@@ -117,6 +118,7 @@ def dqn(
         num_atoms=1,
         grad_clip=10,
     )
+    config = config.learners(learner_class=KeepsMargin)
     return _common(config, setup, MaskedDQN, fragment)
 
 

@@ -121,7 +121,12 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "stray": SHARE,
         "weight_decay": AT_LEAST_0,
     },
-    "agents.training.imitate.imitate_knapsack": {**FIT, "loads": COUNT, "margin": POSITIVE},
+    "agents.training.imitate.imitate_knapsack": {
+        **FIT,
+        "loads": COUNT,
+        "margin": POSITIVE,
+        "margin_weight": AT_LEAST_0,
+    },
     "agents.training.imitate.imitate_plan": {
         **FIT,
         "plan": TEXT,
@@ -182,6 +187,14 @@ def check_training(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"algorithm.{less} is {algorithm[less]}, but algorithm.{more} is only {algorithm[more]}; it must be at "
                 "most as large"
+            )
+    if "n_step" in algorithm:
+        most = max(1, algorithm["steps_an_update"] // values["num_envs"])
+        if algorithm["n_step"] > most:
+            raise ConfigError(
+                f"algorithm.n_step is {algorithm['n_step']}, but each of num_envs={values['num_envs']} environments "
+                f"takes {most} step(s) between updates (algorithm.steps_an_update={algorithm['steps_an_update']}); it "
+                "must be at most as large, so lower num_envs or raise steps_an_update"
             )
     serves = values["env"]["id"] == "ServeTrace-v0"
     if values["env"]["kwargs"].get("foresight"):

@@ -20,6 +20,7 @@ from agents.envs.serve_vector import ServeTraceVector
 from agents.training.demonstrations import knapsack_demonstrations, phase_demonstrations, plan_demonstrations
 from agents.training.episodes import FILE, read_episodes
 from agents.training.fitting import fit_actor, fit_critic, fit_values
+from agents.training.learners import KeepsMargin
 from agents.training.modules import MaskedDQN, actor_layers, actor_logits, learner_module
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
@@ -37,6 +38,7 @@ def imitate_knapsack(
     seed: int,
     loads: int,
     margin: float,
+    margin_weight: float,
     epochs: int,
     batch: int,
     lr: float,
@@ -45,8 +47,9 @@ def imitate_knapsack(
 
     Args:
         algorithm, env, env_kwargs, seed, epochs, batch, lr: see the module's docstring. loads: number of them.
-        margin: how much less the values of DQN are for actions outside of the solution, in units of reward; algorithms
-            with action probabilities have no use for it.
+        margin: how much less the values of DQN are for actions outside of the solution, in units of reward.
+        margin_weight: of the loss that keeps the margin in DQN's updates after the fit (``KeepsMargin``); 0 ends it
+            with the fit. Algorithms with action probabilities use neither.
     Raises:
         ConfigError: for an environment in which the solution is not a sequence of drops.
     """
@@ -57,9 +60,13 @@ def imitate_knapsack(
     discount = float(algorithm.config.gamma)
     shown = knapsack_demonstrations(env_kwargs, seed=seed, loads=loads, discount=discount)
     fit: Any = {"seed": seed, "epochs": epochs, "batch": batch, "lr": lr}
-    if isinstance(algorithm.get_module(), MaskedDQN):
-        return fit_values(algorithm, *shown, margin=margin, **fit)
-    return fit_actor(algorithm, *shown[:2], **fit)
+    if not isinstance(algorithm.get_module(), MaskedDQN):
+        return fit_actor(algorithm, *shown[:2], **fit)
+    loss = fit_values(algorithm, *shown, margin=margin, **fit)
+    if margin_weight > 0.0:
+        learner: KeepsMargin = algorithm.learner_group._learner
+        learner.keep(shown[0], shown[1] > 0.0, margin=margin, weight=margin_weight, batch=batch)
+    return loss
 
 
 def imitate_nothing(algorithm: Any, env: str, env_kwargs: Mapping[str, Any], *, seed: int) -> None:

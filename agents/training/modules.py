@@ -16,9 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.algorithms.dqn.torch.default_dqn_torch_rl_module import DefaultDQNTorchRLModule
-from ray.rllib.algorithms.ppo.ppo import LEARNER_RESULTS_KL_KEY
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
-from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.core.columns import Columns
 from ray.rllib.utils.torch_utils import FLOAT_MIN
 
@@ -124,25 +122,6 @@ class MaskedPPO(_MaskedActorCritic, DefaultPPOTorchRLModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-
-
-class ReportsDivergence(PPOTorchLearner):
-    """PPO that reports the mean KL divergence from the sampling policy to the present one, in nats.
-
-    RLlib computes it only as a part of the loss, and else reports 0. It is no part of the loss here.
-    """
-
-    def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Batch, fwd_out: Batch) -> Any:
-        """Return the loss of PPO."""
-        loss = super().compute_loss_for_module(module_id=module_id, config=config, batch=batch, fwd_out=fwd_out)
-        distribution = self.module[module_id].unwrapped().get_train_action_dist_cls()
-        with torch.no_grad():
-            old, new = (distribution.from_logits(one[Columns.ACTION_DIST_INPUTS]) for one in (batch, fwd_out))
-            divergence = old.kl(new)
-            if Columns.LOSS_MASK in batch:
-                divergence = divergence[batch[Columns.LOSS_MASK]]
-        self.metrics.log_value((module_id, LEARNER_RESULTS_KL_KEY), divergence.mean(), window=1)
-        return loss
 
 
 def actor_layers(state: Mapping[str, Any]) -> list[str]:

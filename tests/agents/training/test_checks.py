@@ -88,6 +88,8 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
     ("overrides", "message"),
     [
         (["experiment=dqn_prune", "algorithm.epsilon=[[0,2.0]]"], "algorithm.epsilon"),
+        (["experiment=dqn_prune", "algorithm.n_step=5"], r"algorithm.n_step is 5, but each of num_envs=64 .* takes 4"),
+        (["experiment=dqn_knapsack", "imitate.margin_weight=-1"], "imitate.margin_weight is -1"),
         (["experiment=dqn_prune", "algorithm.tau=0"], "algorithm.tau is 0; it must be a number above 0, at most 1"),
         (["experiment=dqn_prune", "algorithm.batch=200000"], "buffer_steps is only 100000"),
         (["experiment=ppo_serve", "imitate.share=0"], "imitate.share is 0"),

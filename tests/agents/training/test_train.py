@@ -178,7 +178,9 @@ def test_a_critic_with_foresight_trains_a_policy_that_needs_none(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "count"), [(SMALL_PPO, 3), (SMALL_DQN, 2), (SMALL_SERVE, 2)], ids=["ppo", "dqn", "serve"]
+    ("overrides", "count"),
+    [(SMALL_PPO, 3), ([*SMALL_DQN, "imitate=knapsack", "imitate.loads=20"], 4), (SMALL_SERVE, 2)],
+    ids=["ppo", "dqn", "serve"],
 )
 def test_law_9_a_training_that_resumes_equals_the_unbroken_one(
     local_ray: None, tmp_path: Path, overrides: list[str], count: int, monkeypatch: pytest.MonkeyPatch
