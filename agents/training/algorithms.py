@@ -100,7 +100,7 @@ def dqn(
         target_update_steps: environment steps between updates of the target network.
         tau: share by which an update moves the target network to the trained one; 1 copies it.
         epsilon: share of random actions as [environment step, share] points, linear between them.
-        n_step: steps of a return, at most steps_an_update // num_envs. double_q: use double Q-learning.
+        n_step: steps of a return, at most 3 and steps_an_update // num_envs. double_q: use double Q-learning.
     """
     fragment = max(1, steps_an_update // setup.num_envs)
     config = DQNConfig().training(  # type: ignore[no-untyped-call]

@@ -97,7 +97,10 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "target_update_steps": COUNT,
         "tau": (_number(0.0, 1.0, above=True), "a number above 0, at most 1"),
         "epsilon": (_schedule(_number(0.0, 1.0)), f"{POINTS}, each value from 0 to 1"),
-        "n_step": COUNT,
+        "n_step": (
+            lambda value: _count(1)(value) and value <= 3,
+            "1, 2 or 3 (RLlib's replay buffer counts longer ones wrongly at the end of an episode, and may not end)",
+        ),
         "double_q": BOOLEAN,
     },
     "agents.training.algorithms.marwil": {
@@ -188,7 +191,7 @@ def check_training(cfg: DictConfig) -> None:
                 f"algorithm.{less} is {algorithm[less]}, but algorithm.{more} is only {algorithm[more]}; it must be at "
                 "most as large"
             )
-    if "n_step" in algorithm:
+    if {"n_step", "steps_an_update"} <= algorithm.keys():
         most = max(1, algorithm["steps_an_update"] // values["num_envs"])
         if algorithm["n_step"] > most:
             raise ConfigError(
@@ -350,6 +353,8 @@ def check_resumed(cfg: DictConfig, folder: Path) -> None:
     # A key that was added or removed between two versions is no change that the user made. But the arguments of the
     # environment are compared whether both have them or not: a training may add some, and others have defaults.
     stored.setdefault("algorithm.foresight", False)
+    if "imitate.margin" in stored and now["algorithm._target_"] == "agents.training.algorithms.dqn":
+        stored.setdefault("imitate.margin_weight", 0.0)
     changed = [
         key
         for key in dict.fromkeys([*now, *stored])

@@ -51,7 +51,8 @@ def imitate_knapsack(
         margin_weight: of the loss that keeps the margin in DQN's updates after the fit (``KeepsMargin``); 0 ends it
             with the fit. Algorithms with action probabilities use neither.
     Raises:
-        ConfigError: for an environment in which the solution is not a sequence of drops.
+        ConfigError: for an environment in which the solution is not a sequence of drops, or a learner of one's own that
+            keeps no margin.
     """
     if env != "PruneToBudget-v0" or env_kwargs.get("restore") or env_kwargs.get("sequence", 1) != 1:
         raise ConfigError(
@@ -64,7 +65,12 @@ def imitate_knapsack(
         return fit_actor(algorithm, *shown[:2], **fit)
     loss = fit_values(algorithm, *shown, margin=margin, **fit)
     if margin_weight > 0.0:
-        learner: KeepsMargin = algorithm.learner_group._learner
+        learner = algorithm.learner_group._learner
+        if not isinstance(learner, KeepsMargin):
+            raise ConfigError(
+                f"imitate.margin_weight is {margin_weight}, but this algorithm's learner is no "
+                "agents.training.learners.KeepsMargin; make it one, or set imitate.margin_weight=0"
+            )
         learner.keep(shown[0], shown[1] > 0.0, margin=margin, weight=margin_weight, batch=batch)
     return loss
 

@@ -88,7 +88,11 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
     ("overrides", "message"),
     [
         (["experiment=dqn_prune", "algorithm.epsilon=[[0,2.0]]"], "algorithm.epsilon"),
-        (["experiment=dqn_prune", "algorithm.n_step=5"], r"algorithm.n_step is 5, but each of num_envs=64 .* takes 4"),
+        (["experiment=dqn_prune", "algorithm.n_step=4"], "algorithm.n_step is 4; it must be 1, 2 or 3"),
+        (
+            ["experiment=dqn_prune", "algorithm.n_step=3", "num_envs=128"],
+            r"n_step is 3, but each of num_envs=128 .*takes 2",
+        ),
         (["experiment=dqn_knapsack", "imitate.margin_weight=-1"], "imitate.margin_weight is -1"),
         (["experiment=dqn_prune", "algorithm.tau=0"], "algorithm.tau is 0; it must be a number above 0, at most 1"),
         (["experiment=dqn_prune", "algorithm.batch=200000"], "buffer_steps is only 100000"),
@@ -184,6 +188,21 @@ def test_a_run_that_began_before_there_was_foresight_resumes_without_it(tmp_path
     check_resumed(composed("train", "experiment=ppo_serve"), tmp_path)
     with pytest.raises(ConfigError, match=r"algorithm.foresight is True, but the run began with False"):
         check_resumed(composed("train", "experiment=ppo_serve", "algorithm.foresight=true"), tmp_path)
+
+
+def test_a_dqn_that_began_before_updates_kept_a_margin_resumes_without_it(tmp_path: Path) -> None:
+    cfg = OmegaConf.to_container(composed("train", "experiment=dqn_knapsack"), resolve=True)
+    assert isinstance(cfg, dict)
+    del cfg["imitate"]["margin_weight"]
+    write_text(tmp_path / "config.yaml", json.dumps(cfg))
+    check_resumed(composed("train", "experiment=dqn_knapsack", "imitate.margin_weight=0"), tmp_path)
+    with pytest.raises(ConfigError, match=r"imitate.margin_weight is 1.0, but the run began with 0.0"):
+        check_resumed(composed("train", "experiment=dqn_knapsack"), tmp_path)
+
+
+def test_an_algorithm_of_ones_own_may_have_returns_of_any_length() -> None:
+    mine = ("algorithm._target_=mine.dqn", "algorithm.n_step=50", "~algorithm.steps_an_update")
+    check_training(composed("train", "experiment=dqn_prune", *mine))
 
 
 def test_a_key_that_an_earlier_version_did_not_have_does_not_stop_a_resume(tmp_path: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from omegaconf import DictConfig
+from ray.rllib.algorithms.dqn.torch.dqn_torch_learner import DQNTorchLearner
 
 from agents.training.demonstrations import knapsack_demonstrations
 from agents.training.learners import KEPT, margin_loss
 from agents.training.modules import actor_logits, learner_module
-from agents.training.train import environment_kwargs
+from agents.training.train import build_algorithm, environment_kwargs
 from sim.config import build
-from tests.agents.training.test_train import SMALL_DQN, build_algorithm, small
+from sim.errors import ConfigError
+from tests.agents.training.test_train import SMALL_DQN, small
 
 KNAPSACK = ["reward=utility_shaped", "imitate=knapsack", "imitate.loads=60", "imitate.margin=0.1", "hidden=[64]"]
 
@@ -60,12 +63,44 @@ def test_demonstrations_are_a_part_of_the_learners_state_but_not_of_its_weights(
     algorithm.stop()
     other = imitated(small(*SMALL_DQN, *KNAPSACK, "imitate.margin_weight=0", "imitate.epochs=1"))
     learner = other.learner_group._learner
-    assert learner.kept is None
+    assert KEPT in learner.get_state()
+    assert learner.get_state()[KEPT] is None
     learner.set_state({KEPT: kept})
     assert torch.equal(learner.kept["observations"], kept["observations"])
     learner.set_state({})  # as an earlier version saved it
     assert learner.kept is not None
     other.stop()
+
+
+def test_an_update_adds_the_weighted_margin_loss_of_a_batch_of_demonstrations(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = imitated(small(*SMALL_DQN, *KNAPSACK, "imitate.margin_weight=2", "imitate.epochs=1"))
+    learner = algorithm.learner_group._learner
+    kept: dict[str, Any] = learner.kept
+    kept |= {"batch": 96, "margin": 0.7}
+    monkeypatch.setattr(DQNTorchLearner, "compute_loss_for_module", lambda *_, **__: torch.tensor(0.25))
+    update: dict[str, Any] = {"module_id": "default_policy", "config": None, "batch": {}, "fwd_out": {}}
+    torch.manual_seed(3)
+    found = learner.compute_loss_for_module(**update)
+    torch.manual_seed(3)
+    rows = torch.randint(len(kept["shown"]), (96,))
+    values = actor_logits(learner_module(algorithm), kept["observations"][rows])
+    missed = margin_loss(values, kept["shown"][rows], 0.7)
+    assert missed.item() > 0.0
+    torch.testing.assert_close(found, 0.25 + 2.0 * missed)
+    learner.kept = None
+    assert learner.compute_loss_for_module(**update).item() == 0.25
+    algorithm.stop()
+
+
+def test_a_learner_that_keeps_no_margin_is_an_error_that_says_what_to_do(local_ray: None) -> None:
+    cfg = small(*SMALL_DQN, *KNAPSACK, "imitate.epochs=1")
+    algorithm = build_algorithm(cfg)
+    algorithm.learner_group._learner.__class__ = DQNTorchLearner
+    with pytest.raises(ConfigError, match=r"learner is no agents.training.learners.KeepsMargin; make it one, or set"):
+        build(cfg.imitate)(algorithm, cfg.env.id, environment_kwargs(cfg), seed=0)
+    algorithm.stop()
 
 
 def test_dqn_goes_on_to_choose_what_was_shown_only_with_the_margin(local_ray: None) -> None:
