@@ -56,7 +56,8 @@ def assert_same_replay(found: HwEngine, expected: SimEngine) -> None:
     )
     pd.testing.assert_frame_equal(transitions_frame(found.transitions()), transitions_frame(expected.transitions()))
     np.testing.assert_allclose(found.kept_share(), expected.kept_share(), rtol=1e-6)
-    assert found.budget_violation_s == pytest.approx(expected.budget_violation_s)
+    # A swap takes no time on the clock of these tests, and some 1e-11 s on the fast link of the simulator.
+    assert found.budget_violation_s == pytest.approx(expected.budget_violation_s, abs=1e-9)
 
 
 @given(
@@ -154,6 +155,7 @@ def test_both_engines_admit_alike_while_ffn_blocks_are_cut(seed: int, restore: s
 )
 @example(seed=2, scheduler="chunked", kv_blocks=18, host_kv_blocks=100, budget_moves=False)
 @example(seed=2, scheduler="prefill_first", kv_blocks=18, host_kv_blocks=100, budget_moves=False)
+@example(seed=6077, scheduler="chunked", kv_blocks=24, host_kv_blocks=100, budget_moves=True)  # swaps at a change
 @examples(8)
 def test_both_engines_swap_alike(
     seed: int, scheduler: str, kv_blocks: int, host_kv_blocks: int, budget_moves: bool
