@@ -55,7 +55,8 @@ class EvaluateConfig:
     tasks: any of prune, serve, ablation (which entries of the observation the policies of serve depend on), cluster,
         roles (how many replicas prefill).
     baselines: rules to play, by name; null plays all, [] none.
-    model: the model whose measured losses prune uses.
+    prune_model: the model whose measured losses prune uses.
+    tuned_rules: folder with the parameters of the rules of serve and cluster (``python -m agents.tune_rules``).
     measure: play the policies; false only writes the page again from the result files of ``out``.
     learned, serve_learned: name -> glob of exported policies, one file for each training seed. ``learned={...}``
         replaces the names, ``learned={}`` plays none.
@@ -78,7 +79,8 @@ class EvaluateConfig:
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     baselines: list[str] | None = None
-    model: str = "smollm2_135m"
+    prune_model: str = "smollm2_135m"
+    tuned_rules: str = "conf/rules"
     learned: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
     serve_learned: dict[str, Any] = field(default_factory=dict)

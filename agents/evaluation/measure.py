@@ -33,7 +33,7 @@ from agents.evaluation.cluster import (
 from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
-from agents.evaluation.tuning import rules_tuned_to, tuned_rules
+from agents.evaluation.tuning import rules_tuned_to, tuned_folder, tuned_rules
 from agents.training.validation import validation_clusters
 from sim.config import load_option
 from sim.cost.model_spec import load_model
@@ -84,7 +84,7 @@ def check_any(policies: Mapping[str, Any], task: str) -> None:
 
 def measure_prune(cfg: DictConfig, folder: Path) -> None:
     """Evaluate the policies of ``PruneToBudget``; write prune*.parquet, training.parquet and prune.json."""
-    model = load_model(cfg.model)
+    model = load_model(cfg.prune_model)
     policies = chosen_rules(baselines(model), cfg.baselines)
     oracle = policies.pop("oracle", None)
     for name, glob in cfg.learned.items():
@@ -95,20 +95,20 @@ def measure_prune(cfg: DictConfig, folder: Path) -> None:
     if cfg.only:
         _measure_prune_only(cfg, folder, policies)
         return
-    write_parquet(folder / "prune.parquet", evaluate_prune(cfg.model, policies, prune_loads().test))
-    write_parquet(folder / "prune_unseen.parquet", evaluate_prune(cfg.model, policies, unseen_loads()))
+    write_parquet(folder / "prune.parquet", evaluate_prune(cfg.prune_model, policies, prune_loads().test))
+    write_parquet(folder / "prune_unseen.parquet", evaluate_prune(cfg.prune_model, policies, unseen_loads()))
     write_curves(cfg, folder / "training.parquet", cfg.curves)
     paths = [path for glob in cfg.learned.values() for path in glob_files(str(glob))]
     if paths:
         write_parquet(folder / "prune_ablation.parquet", shuffled_loads(paths))
-    quality = quality_on(cfg.model, "calibration")
+    quality = quality_on(cfg.prune_model, "calibration")
     solved = np.stack([solver(model, quality.blocks)(load) for load in prune_loads().validation])
-    table = QUALITIES / f"{cfg.model}.json"
+    table = QUALITIES / f"{cfg.prune_model}.json"
     write_json(
         folder / "prune.json",
         {
             **provenance(0),
-            "model": cfg.model,
+            "model": cfg.prune_model,
             **network_seconds(paths),
             "trained_on": sorted(
                 {str(read_learned(path, "PruneToBudget").about.get("quality_sha256", "unknown")) for path in paths}
@@ -123,8 +123,8 @@ def _measure_prune_only(cfg: DictConfig, folder: Path, policies: Mapping[str, An
     """Play the policies of ``cfg.only`` and replace their rows; give all rows the losses of the present quality."""
     summary, chosen = read_summary(folder / "prune.json", cfg), selected(cfg.only, policies)
     for file, loads in (("prune.parquet", prune_loads().test), ("prune_unseen.parquet", unseen_loads())):
-        played = evaluate_prune(cfg.model, chosen, loads)
-        write_parquet(folder / file, with_losses(cfg.model, _replaced_rows(folder / file, played)))
+        played = evaluate_prune(cfg.prune_model, chosen, loads)
+        write_parquet(folder / file, with_losses(cfg.prune_model, _replaced_rows(folder / file, played)))
     write_curves(cfg, folder / "training.parquet", cfg.curves)
     write_json(folder / "prune.json", summary | {"losses_commit": provenance(0)["commit"]})
 
@@ -186,7 +186,7 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
         oracle = False
     else:
         summary = provenance(0)
-        tuned, summary["tuned"] = tuned_rules(setting, cfg.baselines)
+        tuned, summary["tuned"] = tuned_rules(setting, cfg.baselines, tuned_folder(cfg))
         policies = {name: [build] for name, build in tuned.items()} | learned
         oracle = cfg.baselines is None or "oracle_static" in cfg.baselines
     check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")

@@ -31,7 +31,7 @@ from agents.evaluation.measure import (
 )
 from agents.evaluation.rules import RULES
 from agents.evaluation.serve import MEMBERS, ORACLES, Match, evaluate_serve, first_windows
-from agents.evaluation.tuning import rules_tuned_to, tuned_rules
+from agents.evaluation.tuning import rules_tuned_to, tuned_folder, tuned_rules
 from agents.evaluation.unfinished import Unfinished
 from sim.errors import ConfigError
 from sim.policies.learned import read_learned
@@ -72,7 +72,7 @@ def what_is_played(cfg: DictConfig, split: Split, tuned: Mapping[str, Any] | Non
     for scenario in scenarios:
         setting = ServeSetting(**{**scenario_kwargs(scenario), "split": split})
         if tuned is None:
-            rules, found[scenario] = tuned_rules(setting, names=names)
+            rules, found[scenario] = tuned_rules(setting, names, tuned_folder(cfg))
         else:
             rules, found[scenario] = rules_tuned_to(tuned[scenario]), tuned[scenario]
         policies: dict[str, Sequence[Build]] = {name: [build] for name, build in rules.items()}

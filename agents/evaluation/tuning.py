@@ -49,6 +49,7 @@ from agents.evaluation.rules import (
 from agents.evaluation.serve import play_window
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError
+from sim.paths import REPOSITORY
 from sim.policies.tuned import FOLDER, read_rules
 from sim.processes import in_processes
 from sim.progress import counted, progress, say
@@ -311,16 +312,31 @@ def file_for(setting: ServeSetting, folder: Path = FOLDER) -> Path | None:
     return next((path for path in sorted(folder.glob("*.json")) if read_rules(path).get("served") == served), None)
 
 
+def tuned_folder(cfg: DictConfig) -> Path:
+    """Return the folder of tuned rules that an ``EvaluateConfig`` names; a relative path counts as its others do.
+
+    Raises:
+        ConfigError: if no such folder holds a file.
+    """
+    for root in (Path.cwd(), REPOSITORY):
+        folder = root / str(cfg.tuned_rules)
+        if any(folder.glob("*.json")):
+            return folder
+    raise ConfigError(
+        f"tuned_rules: {cfg.tuned_rules} is no folder with tuned rules; python -m agents.tune_rules out=FOLDER makes one"
+    )
+
+
 def tuned_rules(
     setting: ServeSetting, names: Sequence[str] | None = None, folder: Path = FOLDER
 ) -> tuple[dict[str, Build], dict[str, Any]]:
     """Return rules with their tuned parameters, and these.
 
-    They come from the file of conf/rules that was made for the setting. Rules that it lacks are tuned now, which takes
+    They come from the file of ``folder`` that was made for the setting. Rules that it lacks are tuned now, which takes
     minutes; rules without parameters need neither.
 
     Args:
-        names: which rules; None for all that can run in the setting.
+        names: which rules; None for all that can run in the setting. folder: of tuned rules.
     Raises:
         ConfigError: for an unknown rule, or a file whose parameters lie outside the declared space.
     """
@@ -338,7 +354,7 @@ def tuned_rules(
         summary |= {"file": path.name, "commit": content["made"]["commit"]}
     if missing := [name for name in wanted if name not in rules]:
         say(
-            f"conf/rules has no tuned parameters for {len(missing)} rules of this setting, such as {missing[0]}; "
+            f"{folder} has no tuned parameters for {len(missing)} rules of this setting, such as {missing[0]}; "
             "tuning them now (python -m agents.tune_rules writes such a file)"
         )
         rules |= tune_all(games_of(setting), missing)
@@ -370,7 +386,7 @@ class TuneRulesConfig:
     label: name of the file of another setting, which ``env`` describes, in place of scenarios; null for scenarios.
     env: the environment with ``label``, an option of the group env; its kwargs say what is served.
     task: serve or cluster, the latter with env=serve_cluster.
-    rules: names; null for all that can run there. trials: of every rule.
+    baselines: rules by name; null for all that can run there. trials: of every rule.
     each: windows for every source, budget and load. seed: of the random parameters. workers: processes.
     out: folder of the files.
     """
@@ -379,7 +395,7 @@ class TuneRulesConfig:
     label: str | None = None
     env: Any = None
     task: str = "serve"
-    rules: list[str] | None = None
+    baselines: list[str] | None = None
     trials: int = TRIALS
     each: int = 1
     seed: int = SEED
@@ -416,7 +432,7 @@ def _run(cfg: DictConfig) -> None:
     for key in ("trials", "each", "workers"):
         if cfg[key] < 1:
             raise ConfigError(f"{key} is {cfg[key]}; it must be at least 1")
-    names = None if cfg.rules is None else list(cfg.rules)
+    names = None if cfg.baselines is None else list(cfg.baselines)
     search = {key: int(cfg[key]) for key in ("trials", "each", "seed", "workers")}
     for label, kwargs in settings_of(cfg).items():
         content = tune(kwargs, task=cfg.task, names=names, **search)

@@ -99,9 +99,15 @@ def _compose_chosen(config_name: str, chosen: Sequence[str], search: Sequence[st
     try:
         return compose_config(config_name, [*chosen, *search], with_hydra=True)
     except (HydraException, OmegaConfBaseException) as error:
-        used = groups_of(compose_config(config_name, search, with_hydra=True))
+        plain = compose_config(config_name, search, with_hydra=True)
+        used = groups_of(plain)
         for name in (text.partition("=")[0] for text in chosen):
             if not name.startswith(("+", "~")) and name.split("@")[0] not in used:
+                if OmegaConf.is_dict(plain.get(name)):
+                    raise ConfigError(
+                        f"this command has no group {name!r}, but keys of that name; set one of them: "
+                        + ", ".join(f"{name}.{key}=VALUE" for key in plain[name])
+                    ) from error
                 raise ConfigError(f"this command has no group {name!r}; {nearest(name, used)}") from error
         raise ConfigError(" ".join(str(error).split())) from error
 
