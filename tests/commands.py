@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable
 
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from sim.config import CONF_DIR, compose_config
+from sim.config.options import groups_of
 
 
 def exit_status(main: Callable[[], None], *arguments: str) -> int:
@@ -24,3 +28,13 @@ def exit_status(main: Callable[[], None], *arguments: str) -> int:
         root.handlers[:] = handlers  # Hydra's write to the stdout of this call
         root.setLevel(level)
     return 0
+
+
+def keys_taken_for_groups(config_name: str) -> set[str]:
+    """Return the keys of a command that cannot be set: of KEY=VALUE, Hydra takes a folder of conf/ for a group.
+
+    Groups that the command has are none of them, nor are mappings, of which KEY.PART=VALUE sets a part.
+    """
+    cfg = compose_config(config_name, with_hydra=True)
+    single = {key for key in map(str, cfg) if OmegaConf.is_missing(cfg, key) or not OmegaConf.is_dict(cfg[key])}
+    return single.intersection(path.name for path in CONF_DIR.iterdir() if path.is_dir()).difference(groups_of(cfg))

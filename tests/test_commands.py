@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from sim.config import CONF_DIR, help_text
 from sim.paths import REPOSITORY
-from tests.commands import exit_status
+from tests.commands import exit_status, keys_taken_for_groups
 
 COMMANDS = {
     "sim.replay.__main__": "replay",
@@ -90,15 +88,9 @@ def test_help_shows_how_to_call_the_command_and_lists_the_groups_that_it_uses(mo
 
 
 @pytest.mark.parametrize("module", [module for module in COMMANDS if not module.startswith("agents")])
-def test_no_key_of_a_command_has_the_name_of_a_folder_of_conf(module: str) -> None:
-    """Hydra takes such a key for a group that the command does not have, so it cannot be set."""
+def test_every_key_of_a_command_can_be_set(module: str) -> None:
     importlib.import_module(module)
-    schema = OmegaConf.to_container(ConfigStore.instance().load(f"{COMMANDS[module]}_schema.yaml").node)
-    assert isinstance(schema, dict)
-    single = [str(key) for key, value in schema.items() if not isinstance(value, dict)]  # key.part=VALUE is no group
-    folders = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
-    groups = help_text(COMMANDS[module]).partition("== Groups")[2].partition("\n\n==")[0]
-    assert [key for key in single if key in folders and f"{key}:" not in groups] == []
+    assert keys_taken_for_groups(COMMANDS[module]) == set()
 
 
 def test_no_file_parses_arguments_of_its_own() -> None:
@@ -133,3 +125,11 @@ def test_a_group_that_the_command_does_not_use_is_refused_with_those_that_it_doe
 
     assert exit_status(main, "router=least_kv") == 2
     assert capsys.readouterr().err.startswith("error: this command has no group 'router'")
+
+
+def test_a_mapping_with_the_name_of_a_group_is_refused_with_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    from hw.score.run import main
+
+    assert exit_status(main, "kind=gsi", "model=smollm2_135m") == 2
+    said = "error: this command has no group 'model', but keys of that name; set one of them: model.path=VALUE, "
+    assert capsys.readouterr().err.startswith(said)

@@ -323,7 +323,7 @@ def tuned_folder(cfg: DictConfig) -> Path:
         if any(folder.glob("*.json")):
             return folder
     raise ConfigError(
-        f"tuned_rules: {cfg.tuned_rules} is no folder with tuned rules; python -m agents.tune_rules out=FOLDER makes one"
+        f"tuned_rules: {cfg.tuned_rules} is no folder of tuned rules; python -m agents.tune_rules out=FOLDER makes one"
     )
 
 

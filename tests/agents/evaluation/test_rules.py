@@ -40,11 +40,12 @@ from agents.evaluation.tuning import (
     tune,
     tune_all,
     tune_rule,
+    tuned_folder,
     tuned_rules,
 )
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
-from sim.policies.tuned import tuned
+from sim.policies.tuned import FOLDER, tuned
 from sim.results.run_folder import write_json
 from tests.agents.helpers import composed
 
@@ -304,3 +305,19 @@ def test_a_label_names_the_file_of_a_setting_of_ones_own_and_scenarios_have_file
         settings_of(composed("tune_rules", "label=mine", "scenarios=[tight/none]"))
     with pytest.raises(ConfigError, match="no scenario 'tight/nane'; did you mean 'tight/none'"):
         settings_of(composed("tune_rules", "scenarios=[tight/nane]"))
+    assert composed("tune_rules", "baselines=[dense+wait]").baselines == ["dense+wait"]
+
+
+def test_an_evaluation_reads_the_rules_of_the_folder_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tuned_folder(composed("evaluate")) == FOLDER
+    (tmp_path / "searched_longer").mkdir()
+    cfg = composed("evaluate", "tuned_rules=searched_longer", "prune_model=llama2_7b")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match="searched_longer is no folder of tuned rules; python -m agents.tune_rules out"
+    ):
+        tuned_folder(cfg)
+    path, _ = a_file(tmp_path / "searched_longer")
+    assert tuned_folder(cfg) == path.parent
