@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +51,8 @@ def in_processes(
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it ends, however that ends."""
+    """End this process as soon as the one that started it ends, however that ends, or ends this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the handler of its parent
     threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
 
 

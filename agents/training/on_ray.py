@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from sim.config.failures import how_to_install
+from sim.config.failures import how_to_install, same_handler_of_sigterm
 from sim.errors import ConfigError
 from sim.progress import VARIABLE, counted, progress
 
@@ -48,13 +48,14 @@ def join_ray(address: str | None, **more: Any) -> tuple[Any, bool]:
         if address and not address.startswith("ray://"):
             _check_token(address)
         # "local" keeps ray from following the address file that an earlier cluster left behind.
-        ray.init(
-            address=address or "local",
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **more,
-        )
+        with same_handler_of_sigterm():  # Ray's ends the process without a word, or with a stack of C
+            ray.init(
+                address=address or "local",
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                **more,
+            )
     except AuthenticationError as error:
         raise ConfigError(
             f"the Ray cluster at address={address} wants its token, and got none or another; set RAY_AUTH_MODE=token, "

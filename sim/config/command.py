@@ -32,6 +32,7 @@ from sim.config.failures import (
     errors_in_one_line,
     full_error,
     how_to_install,
+    sigterm_as_ctrl_c,
 )
 from sim.config.options import (
     CONF_DIR,
@@ -82,7 +83,8 @@ def start(main: str) -> None:
 def run_command(task: Callable[[DictConfig], object], config_name: str, *, positional: str | None = None) -> None:
     """Run a command: parse its arguments, compose its configuration, call the task.
 
-    An error that the user can mend ends the process with one line on stderr and exit status 2. Of several jobs
+    An error that the user can mend ends the process with one line on stderr and exit status 2. Ctrl-C and SIGTERM
+    interrupt the task, which may still write what there is; the exit status is 130. Of several jobs
     (``--multirun``) each that fails prints such a line, the others run, and the exit status is 1.
 
     Args:
@@ -92,7 +94,7 @@ def run_command(task: Callable[[DictConfig], object], config_name: str, *, posit
     """
     print_any_text()
     job = _Job(task)
-    with errors_in_one_line():
+    with sigterm_as_ctrl_c(), errors_in_one_line():
         if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
             raise ConfigError("NUMBA_DISABLE_JIT is set, but the simulator only runs compiled; unset it")
         arguments = read_arguments(sys.argv[1:], positional=positional)

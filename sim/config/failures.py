@@ -8,9 +8,11 @@ import os
 import re
 import signal
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 from hydra.errors import HydraException
@@ -24,7 +26,7 @@ from sim.paths import CHECKOUT, REPOSITORY
 FAILED = 2
 """Exit status of a command that ends with an error."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C or SIGTERM; shells have it for Ctrl-C."""
 FIXABLE = (
     RapLabError,
     HydraException,
@@ -40,6 +42,37 @@ RUN_FOLDER = "hydra.run.dir=FOLDER"
 """What sends the files of a run elsewhere."""
 SWEEP_FOLDER = "hydra.sweep.dir=FOLDER"
 """What sends the files of a sweep elsewhere."""
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, by which schedulers of clusters end a job, interrupt what runs as Ctrl-C does.
+
+    Without it the process ends at once: finished requests are not written, and processes that it started stay.
+    """
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def same_handler_of_sigterm() -> Iterator[None]:
+    """Set the handler of SIGTERM again at the end, after a library has set its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

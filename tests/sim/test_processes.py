@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sim.config.failures import sigterm_as_ctrl_c
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.processes import in_processes
@@ -24,6 +25,10 @@ def killed_at_two(number: int) -> int:
     if number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def handler_of_sigterm(_: int) -> object:
+    return signal.getsignal(signal.SIGTERM)
 
 
 def fails_at_zero(number: int) -> int:
@@ -45,6 +50,12 @@ def test_results_keep_the_order_of_the_items() -> None:
 def test_a_killed_process_ends_the_work_with_an_error_instead_of_waiting_forever() -> None:
     with pytest.raises(ConfigError, match=r"one of 2 processes was ended from outside .* use fewer workers"):
         list(in_processes(killed_at_two, range(5), 2))
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_a_process_has_no_handler_of_sigterm_of_the_one_that_started_it(start: str) -> None:
+    with sigterm_as_ctrl_c():
+        assert list(in_processes(handler_of_sigterm, [0], 1, start=start)) == [signal.SIG_DFL]
 
 
 def test_an_error_of_a_task_ends_the_others_at_once() -> None:

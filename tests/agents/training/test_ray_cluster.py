@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agents.training.on_ray import join_ray
+from sim.config.failures import sigterm_as_ctrl_c
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from tests.agents.helpers import run_module, run_python
@@ -37,6 +39,20 @@ def test_an_address_without_a_cluster_is_an_error_that_names_it(address: str, mo
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ConfigError, match=f"no Ray cluster answers at address={address}"):
         join_ray(address)
+
+
+def test_after_ray_has_started_sigterm_interrupts_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def start(**_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets a handler of its own
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    with sigterm_as_ctrl_c():
+        join_ray(None)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.slow

@@ -5,15 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from sim.config import run_command
-from sim.config.failures import INTERRUPTED, errors_in_one_line, explain, extra_of
+from sim.config.failures import (
+    INTERRUPTED,
+    errors_in_one_line,
+    explain,
+    extra_of,
+    same_handler_of_sigterm,
+    sigterm_as_ctrl_c,
+)
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 from sim.replay.__main__ import main
@@ -96,6 +105,22 @@ def test_ctrl_c_ends_with_status_130_and_one_word(capsys: pytest.CaptureFixture[
         raise KeyboardInterrupt
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_sigterm_interrupts_what_runs_and_does_what_it_did_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert exit_status(lambda: run_command(lambda _: signal.raise_signal(signal.SIGTERM), "replay")) == INTERRUPTED
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_in_another_thread_no_handler_is_set() -> None:
+    def enter() -> None:
+        with sigterm_as_ctrl_c(), same_handler_of_sigterm():
+            pass
+
+    with ThreadPoolExecutor() as threads:
+        threads.submit(enter).result()
 
 
 def test_a_job_of_a_sweep_that_kept_its_records_at_ctrl_c_is_noted_as_interrupted() -> None:

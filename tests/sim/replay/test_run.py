@@ -180,7 +180,8 @@ def test_multirun_sweeps_any_group(tmp_path: Path, run_here: Run) -> None:
     assert len(summaries) == 4
 
 
-def test_ctrl_c_keeps_what_there_is_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_what_there_is_and_say_so(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sim.replay", "trace=poisson", "trace.rate_rps=5", "trace.duration_s=400000"]
     process = subprocess.Popen(
         [*command, "hydra.run.dir=kept"],
@@ -194,7 +195,7 @@ def test_ctrl_c_keeps_what_there_is_and_says_so(tmp_path: Path) -> None:
     assert process.stderr is not None
     while not (line := process.stderr.readline()).startswith("replaying: "):
         assert line, "the replay ended without a line of progress"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "interrupted: kept the records" in out
