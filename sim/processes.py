@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from sim.errors import ConfigError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def in_processes(
@@ -48,6 +49,37 @@ def in_processes(
             for process in own:
                 process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_forks(task: Callable[[T], R], items: Sequence[T], workers: int, *, chunk: int = 1) -> Iterator[R]:
+    """Yield the task's result for each item, in their order; ``workers`` below 2 use this process alone.
+
+    The processes are forks, which have the task and the items already, so neither needs to be sent: both may hold
+    closures. Results are sent.
+
+    Args:
+        chunk: how many items a process takes at a time.
+    Raises:
+        ConfigError: if this system cannot fork, or as ``in_processes``.
+    """
+    if workers < 2:
+        yield from map(task, items)
+        return
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ConfigError(f"workers is {workers}, but this system cannot fork a process; use workers=1")
+    _inherited[:] = [task, items]
+    try:
+        yield from in_processes(_inherited_task, range(len(items)), workers, start="fork", chunk=chunk)
+    finally:
+        _inherited.clear()
+
+
+_inherited: list[Any] = []
+
+
+def _inherited_task(number: int) -> Any:
+    task, items = _inherited
+    return task(items[number])
 
 
 def _end_with_parent() -> None:

@@ -24,6 +24,7 @@ from sim.policies.base import Policy
 from sim.policies.learned_cluster import learned_cluster
 from sim.policies.learned_files import read_about as read_policy
 from sim.policies.learned_serve import learned_serve
+from sim.processes import in_forks
 from sim.progress import counted, progress
 
 Windows = Sequence[Window]
@@ -107,20 +108,29 @@ def evaluate_cluster(
     clusters: Sequence[tuple[float, Windows]],
     *,
     oracle: bool = True,
+    workers: int = 1,
 ) -> pd.DataFrame:
-    """Return one row for each policy, seed and cluster; ``oracle`` adds ``oracle_static``."""
-    rows = []
+    """Return one row for each policy, seed and cluster; ``oracle`` adds ``oracle_static``.
+
+    Args:
+        clusters: the load and the windows of each. workers: processes; the rows do not depend on it.
+    """
+
+    def played(number: int) -> list[dict[str, Any]]:
+        load, windows = clusters[number]
+        pressed = sum(window.budget != "full" for window in windows)
+        about = {"window": number, "source": windows[0].source, "load": load, "pressed": pressed}
+        rows = [
+            {"policy": name, "seed": seed, **about, **play_cluster(setting, windows, build)}
+            for name, seeds in policies.items()
+            for seed, build in enumerate(seeds)
+        ]
+        if oracle:
+            plans = [fixed_plan(plan) for plan in setting.actions.plans]
+            best = best_in_hindsight([play_cluster(setting, windows, build) for build in plans])
+            rows.append({"policy": "oracle_static", "seed": 0, **about, **best})
+        return rows
+
     with progress("playing", len(clusters), "clusters") as report:
-        for number, (load, windows) in enumerate(clusters):
-            pressed = sum(window.budget != "full" for window in windows)
-            scenario = {"window": number, "source": windows[0].source, "load": load, "pressed": pressed}
-            for name, seeds in policies.items():
-                for seed, build in enumerate(seeds):
-                    rows.append({"policy": name, "seed": seed, **scenario, **play_cluster(setting, windows, build)})
-            if oracle:
-                best = best_in_hindsight(
-                    [play_cluster(setting, windows, fixed_plan(plan)) for plan in setting.actions.plans]
-                )
-                rows.append({"policy": "oracle_static", "seed": 0, **scenario, **best})
-            report(number + 1)
-    return pd.DataFrame(rows)
+        each = counted(in_forks(played, range(len(clusters)), workers), report)
+        return pd.DataFrame([row for rows in each for row in rows])

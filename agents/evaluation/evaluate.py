@@ -66,7 +66,7 @@ class EvaluateConfig:
     scenarios: MEMORY/LOW_BITS, such as tight/none (conf/scenario, conf/low_bits); null for all.
     serve_sources: traces; null for all whose data is here. serve_windows: at most this many of each trace in each
         scenario; null for all. serve_oracle: how many of these windows the oracles play, because they are slow.
-    workers: processes that play windows.
+    workers: processes that play windows and clusters.
     serve_ablation: glob of the policies whose entries are shuffled; empty for none.
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
     cluster_sources: traces of clusters. cluster_each: clusters for each of them and each load.

@@ -191,11 +191,12 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
         oracle = cfg.baselines is None or "oracle_static" in cfg.baselines
     check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")
     compared = {name: builds for name, builds in policies.items() if name in learned or name in CLUSTER_COMPARED}
-    write_rows(cfg, folder / "cluster.parquet", evaluate_cluster(setting, policies, clusters, oracle=oracle))
+    rows = evaluate_cluster(setting, policies, clusters, oracle=oracle, workers=cfg.workers)
+    write_rows(cfg, folder / "cluster.parquet", rows)
     if compared:
         settings = {router: ClusterSetting(**{**env_kwargs, "router": router}) for router in ROUTERS}
         by_router = [
-            evaluate_cluster(routed, compared, clusters, oracle=False).assign(router=name)
+            evaluate_cluster(routed, compared, clusters, oracle=False, workers=cfg.workers).assign(router=name)
             for name, routed in settings.items()
         ]
         write_rows(cfg, folder / "cluster_routers.parquet", pd.concat(by_router, ignore_index=True))

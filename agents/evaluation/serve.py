@@ -8,10 +8,9 @@ single plan of each window in hindsight, and ``oracle_search``, the best schedul
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +24,9 @@ from agents.envs.serve_windows import Window
 from agents.evaluation.figures import best_in_hindsight, serving_figures
 from agents.evaluation.oracle import best_schedule, schedule_policy
 from agents.evaluation.unfinished import Rows, Unfinished
-from sim.errors import ConfigError
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
-from sim.processes import in_processes
+from sim.processes import in_forks
 from sim.progress import progress
 
 ORACLES = ("oracle_static", "oracle_search")
@@ -125,35 +123,16 @@ def evaluate_serve(
         for number, one in enumerate(listed)
         if unfinished is None or number not in unfinished
     ]
+    played = in_forks(lambda job: _played(*job), jobs, workers, chunk=4)
     rows: Rows = []
     with progress("playing", len(jobs), "windows") as report:
-        for done, ((_, number, *_), found) in enumerate(zip(jobs, _all_played(jobs, workers), strict=True), start=1):
+        for done, ((_, number, *_), found) in enumerate(zip(jobs, played, strict=True), start=1):
             if unfinished is None:
                 rows += found
             else:
                 unfinished.add(number, found)
             report(done)
     return pd.DataFrame(rows if unfinished is None else unfinished.rows(range(len(listed))))
-
-
-Job = tuple[Match, int, Listed, Sequence[str]]
-_jobs: list[Job] = []
-
-
-def _all_played(jobs: list[Job], workers: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of every job in order."""
-    if workers < 2:
-        yield from (_played(*job) for job in jobs)
-        return
-    if "fork" not in multiprocessing.get_all_start_methods():
-        raise ConfigError(f"workers is {workers}, but this system cannot fork a process; use workers=1")
-    # Builders are closures, which cannot be sent to another process: a fork has them.
-    _jobs[:] = jobs
-    yield from in_processes(_job, range(len(jobs)), workers, start="fork", chunk=4)
-
-
-def _job(number: int) -> list[dict[str, Any]]:
-    return _played(*_jobs[number])
 
 
 def _played(match: Match, number: int, one: Listed, oracles: Sequence[str]) -> list[dict[str, Any]]:

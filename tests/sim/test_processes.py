@@ -14,7 +14,7 @@ import pytest
 from sim.config.failures import sigterm_as_ctrl_c
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
-from sim.processes import in_processes
+from sim.processes import in_forks, in_processes
 
 
 def double(number: int) -> int:
@@ -47,6 +47,17 @@ def test_results_keep_the_order_of_the_items() -> None:
     assert list(in_processes(double, range(7), 2, chunk=2)) == [0, 2, 4, 6, 8, 10, 12]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_forks_take_what_cannot_be_sent(workers: int) -> None:
+    addends = [lambda number, addend=addend: number + addend for addend in range(5)]
+    assert list(in_forks(lambda add: add(10), addends, workers)) == [10, 11, 12, 13, 14]
+
+
+def test_two_pools_of_forks_at_once_have_tasks_of_their_own() -> None:
+    first, second = (in_forks(lambda number, by=by: number * by, [1, 2, 3], 2) for by in (10, 100))
+    assert list(zip(first, second, strict=True)) == [(10, 100), (20, 200), (30, 300)]
+
+
 def test_a_killed_process_ends_the_work_with_an_error_instead_of_waiting_forever() -> None:
     with pytest.raises(ConfigError, match=r"one of 2 processes was ended from outside .* use fewer workers"):
         list(in_processes(killed_at_two, range(5), 2))
@@ -68,7 +79,7 @@ def test_an_error_of_a_task_ends_the_others_at_once() -> None:
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     notes = [tmp_path / "a", tmp_path / "b"]
     code = (
-        "from sim.processes import in_processes\nfrom tests.sim.test_processes import note_and_wait\n"
+        "from sim.processes import in_forks, in_processes\nfrom tests.sim.test_processes import note_and_wait\n"
         f"if __name__ == '__main__':\n    list(in_processes(note_and_wait, {[str(note) for note in notes]}, 2))\n"
     )
     script = tmp_path / "script.py"
