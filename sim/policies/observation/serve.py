@@ -89,6 +89,17 @@ class ServeActions(Immutable):
     workspace_bytes: int
     low_bits: bool = True
     starts: tuple[int, int] = (0, 0)
+    _there: Bools = field(init=False, repr=False, compare=False)
+    _weights: Ints = field(init=False, repr=False, compare=False)
+    _groups: Ints = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Keep what every decision reads as arrays: which plans the server has, their weights, and their groups."""
+        there = np.ones(len(self.plans), dtype=np.bool_) if self.low_bits else ~np.array(self.low)
+        arrays = {"_there": there, "_weights": np.array(self.weights_bytes), "_groups": np.array(self.groups)}
+        for name, values in arrays.items():
+            values.setflags(write=False)
+            object.__setattr__(self, name, values)
 
     def without_low_bits(self) -> ServeActions:
         """Return the same table for a server that has no low-precision copies of the weights."""
@@ -126,14 +137,13 @@ class ServeActions(Immutable):
 
         If no plan's weights fit, the plans with the smallest weights are legal.
         """
-        weights = np.array(self.weights_bytes)
-        there = np.ones(len(weights), dtype=np.bool_) if self.low_bits else ~np.array(self.low)
-        fits: Bools = there & (weights + self.workspace_bytes <= state.budget_bytes)
+        there, weights = self._there, self._weights
+        fits: Bools = there & (weights <= state.budget_bytes - self.workspace_bytes)
         if not fits.any():
             smallest: Bools = there & (weights == weights[there].min())
             return smallest
         if self.dwell_left(state, choice) > 0.0:
-            same = fits & (np.array(self.groups) == self.groups[choice.action])
+            same = fits & (self._groups == self.groups[choice.action])
             return same if same.any() else fits
         return fits
 
