@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,7 @@ def member_policies(path: Path, *, low_bits: bool = True) -> list[Build]:
 
     def alone(context: PolicyContext, member: int) -> Policy:
         policy = learned_serve(context, path=str(path), low_bits=low_bits)
-        policy.network = replace(
-            network,
-            weights=tuple(weight[member] for weight in network.weights),
-            biases=tuple(bias[member] for bias in network.biases),
-        )
+        policy.network = network.member(member)
         return policy
 
     return [partial(alone, member=member) for member in range(network.members)] if network.members > 1 else []

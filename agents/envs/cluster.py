@@ -38,14 +38,13 @@ from agents.envs.serve_windows import Window, as_window
 from sim.cluster.cluster import Cluster, Replica
 from sim.cluster.routers import Router
 from sim.config import build_option
-from sim.engine.plan_graph import PlanGraph
 from sim.engine.protocol import EngineState
 from sim.engine.sim_engine import SimEngine
 from sim.errors import ConfigError, nearest
 from sim.policies.base import Policy
 from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_table, replica_features, shown_entries
-from sim.policies.observation.serve import SERVER_ENTRIES, Choice, ServeObserver
+from sim.policies.observation.serve import Choice
 from sim.traces.trace import Trace
 from sim.types import GIB, Bools, Floats32
 
@@ -142,18 +141,16 @@ class ClusterSetting(ServeSetting):
         policies: Sequence[Policy],
         *,
         decide: bool = True,
-        graph: PlanGraph | None = None,
     ) -> Cluster:
         """Return a cluster in which replica i has the budget of window i.
 
         Args:
             windows, policies: one each for every replica.
             decide: whether the policies decide every tick; if not, the caller applies plans.
-            graph: shared by all engines.
         """
-        graph = PlanGraph(self.model, self.nll) if graph is None else graph
 
         def make(window: Window, policy: Policy, env: simpy.Environment) -> tuple[SimEngine, Policy]:
+            graph = self.graph_for(window)
             return self.idle_engine(window, policy.first_plan, graph=graph, env=env, external_clock=True), policy
 
         replicas = [
@@ -165,6 +162,10 @@ class ClusterSetting(ServeSetting):
             for i, (window, policy) in enumerate(zip(windows, policies, strict=True))
         ]
         return Cluster(self.trace(windows), replicas, self.router, seed=windows[0].budget_seed)
+
+    def first_plans(self, windows: Sequence[Window]) -> list[Policy]:
+        """Return for each replica the plan that it starts with (``ServeActions.start``), as a policy."""
+        return [Fixed(self.actions.plans[self.actions_for(window).start]) for window in windows]
 
     def decisions_s(self) -> Iterator[float]:
         """Return the times at which policies decide, in seconds."""
@@ -179,15 +180,12 @@ class ClusterCore:
 
     def begin(self, windows: Sequence[Window]) -> None:
         """Start the windows with the first plan (``ServeActions.start``) on every replica."""
-        setting, count = self.setting, len(windows)
-        self.windows = windows
-        first = Fixed(setting.actions.plans[setting.actions.start])
-        self.cluster = setting.build_cluster(windows, [first] * count, decide=False)
+        self.windows, setting = windows, self.setting
+        self.cluster = setting.build_cluster(windows, setting.first_plans(windows), decide=False)
         self.requests = len(self.cluster.trace)
-        self.observers = [
-            ServeObserver(setting.model, setting.actions, setting.kv_block_layer_bytes) for _ in range(count)
-        ]
-        self.choices = [Choice(setting.actions.start)] * count
+        self.actions = [setting.actions_for(window) for window in windows]
+        self.observers = [setting.observer_for(window) for window in windows]
+        self.choices = [Choice(actions.start) for actions in self.actions]
         self.tick, self.illegal = 0, 0
         self.utility = self.potential = self.lost = 0.0
         self.history: list[tuple[float, list[EngineState], list[int]]] = []
@@ -201,29 +199,29 @@ class ClusterCore:
 
     def observe(self) -> Floats32:
         """Return the observation of each replica, legal flags included, float32[replicas, entries]."""
-        actions, rows = self.setting.actions, []
-        for i, (state, choice) in enumerate(zip(self.states, self.choices, strict=True)):
+        rows = []
+        for i, (state, choice, legal) in enumerate(zip(self.states, self.choices, self.legal(), strict=True)):
             others = [*self.states[:i], *self.states[i + 1 :]]
             observer = self.observers[i]
             compared = replica_features(state, others, observer.dense_bytes)
-            own = observer(state, choice)[: len(SERVER_ENTRIES)]
-            features = np.concatenate((own, compared)) * self.setting.visible
-            rows.append(np.concatenate((features, actions.legal(state, choice))))
+            features = np.concatenate((observer(state, choice), compared)) * self.setting.visible
+            rows.append(np.concatenate((features, legal)))
         return np.stack(rows).astype(np.float32)
 
     def legal(self) -> list[Bools]:
         """Return which actions of each replica are legal now, bool[actions] each."""
-        return [self.setting.actions.legal(*pair) for pair in zip(self.states, self.choices, strict=True)]
+        each = zip(self.actions, self.states, self.choices, strict=True)
+        return [actions.legal(state, choice) for actions, state, choice in each]
 
     def step(self, actions: Sequence[int]) -> tuple[float, bool]:
         """Run the plans of the actions for one tick; return the cluster's reward and whether the episode is over."""
-        setting, table = self.setting, self.setting.actions
-        for i, (action, state, choice) in enumerate(zip(actions, self.states, self.choices, strict=True)):
-            if table.legal(state, choice)[action]:
-                self.choices[i] = table.chosen(state, choice, action)
+        setting = self.setting
+        for i, (action, legal) in enumerate(zip(actions, self.legal(), strict=True)):
+            if legal[action]:
+                self.choices[i] = self.actions[i].chosen(self.states[i], self.choices[i], action)
             else:
                 self.illegal += 1
-            self.cluster.apply(i, table.plans[self.choices[i].action])
+            self.cluster.apply(i, setting.actions.plans[self.choices[i].action])
         self._serve()
         over = self.tick >= setting.ticks
         if over:

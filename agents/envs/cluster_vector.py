@@ -25,12 +25,9 @@ from agents.envs.serve_windows import Window
 from agents.envs.vector import MaskedRows, Replayed, final_infos, reseed
 from sim.cluster.cluster import Cluster
 from sim.engine.batch_step import ARRIVED, OLDEST_WAIT_S, SEEN_COLUMNS, WAITING
-from sim.engine.plan_graph import PlanGraph
-from sim.engine.sim_engine import MEMORY_OF_PLANS
 from sim.errors import ConfigError
-from sim.policies.fixed import Fixed
 from sim.policies.observation.cluster import cluster_features
-from sim.policies.observation.serve import SERVER_ENTRIES, ServeObservers
+from sim.policies.observation.serve import ServeObservers
 from sim.types import Bools, Floats, Floats32, Ints
 
 # Shapes: c clusters of k replicas, r = c * k rows; the rows of a cluster are adjacent.
@@ -65,8 +62,8 @@ class ServeReplicas(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         self._windows: list[Any] = [None] * clusters
         self._played: list[Ints] = []
         self._together = False
-        self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, rows)
-        self._graph = PlanGraph(setting.model, setting.nll)
+        tpot_s = setting.slo.tpot_s or math.inf
+        self._observers = ServeObservers(setting.model, setting.actions, setting.kv_block_layer_bytes, rows, tpot_s)
         self._rngs = [np.random.default_rng(s) for s in np.random.SeedSequence().spawn(clusters)]
         self._tick, self._requests = np.zeros(clusters, dtype=np.int64), np.zeros(clusters, dtype=np.int64)
         self._settled = np.full((rows, 1), UNKNOWN)
@@ -112,12 +109,9 @@ class ServeReplicas(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
         setting, rows = self.setting, self._rows(c)
         windows = setting.sample(self._rngs[c]) if windows is None else windows
         self._windows[c] = windows
-        if len(self._graph) > MEMORY_OF_PLANS // 2:
-            self._graph = PlanGraph(setting.model, setting.nll)
-        first = [Fixed(setting.actions.plans[setting.actions.start])] * setting.replicas
-        cluster = setting.build_cluster(windows, first, decide=False, graph=self._graph)
-        for row in range(rows.start, rows.stop):
-            self._observers.begin(row)
+        cluster = setting.build_cluster(windows, setting.first_plans(windows), decide=False)
+        for row, window in zip(range(rows.start, rows.stop), windows, strict=True):
+            self._observers.begin(row, low_bits=window.low_bits, low_loss=setting.low_loss(window.low_bit_cost))
         self._requests[c], self._tick[c] = len(cluster.trace), 0
         self._standing[rows] = self._potential[rows] = 0.0
         if len(cluster.trace) > self._settled.shape[1]:
@@ -134,8 +128,7 @@ class ServeReplicas(Replayed, MaskedRows, VectorEnv[Any, Any, Any]):
                 cluster.observe_into(self._seen[self._rows(c)])
         observed = self._seen.reshape(self.clusters, self.setting.replicas, SEEN_COLUMNS)
         compared = cluster_features(observed, self._observers.dense_bytes).reshape(self.num_envs, -1)
-        own = self._observers(self._seen)[:, : len(SERVER_ENTRIES)]
-        features = np.concatenate((own, compared), axis=1) * self.setting.visible
+        features = np.concatenate((self._observers(self._seen), compared), axis=1) * self.setting.visible
         self._legal = self._observers.legal(self._seen)
         return np.concatenate((features, self._legal), axis=1, dtype=np.float32)
 

@@ -17,11 +17,11 @@ from agents.envs.roles import RolesSetting
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_windows import source_trace
 from agents.registration import ENVIRONMENTS
-from agents.training.demonstrations import imitated_plan
+from agents.training.demonstrations import imitated_plan, starting_policy
 from agents.training.episodes import FILE, read_recorded
 from sim.errors import ConfigError, RapLabError, nearest
 from sim.paths import REPOSITORY
-from sim.policies.learned import ACTIVATIONS, read_learned
+from sim.policies.learned import ACTIVATIONS
 from sim.policies.learned_files import MAX_SIZE
 
 Setting = PruneSetting | ServeSetting
@@ -147,7 +147,13 @@ VALUES: Mapping[str, Mapping[str, Check]] = {
         "episodes": COUNT,
     },
     "agents.training.imitate.imitate_nothing": {},
-    "agents.training.imitate.imitate_policy": {**FIT, "path": TEXT, "temperature": POSITIVE, "windows": COUNT},
+    "agents.training.imitate.imitate_policy": {
+        **FIT,
+        "path": TEXT,
+        "member": (lambda value: value is None or _count(0)(value), "the number of a network, from 0 on, or null"),
+        "temperature": POSITIVE,
+        "windows": COUNT,
+    },
 }
 """The keys that each ``_target_`` takes, with the values that each may have."""
 TRAINING: Mapping[str, Check] = {
@@ -303,13 +309,7 @@ def _check_files(values: Mapping[str, Any], setting: Setting) -> None:
         imitated_plan(setting.actions, imitate["plan"])
     if "path" in imitate and "temperature" in imitate:
         path = imitate["path"]
-        learned = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace")
-        network = learned.network
-        if network.members > 1:
-            raise ConfigError(
-                f"imitate.path: {path} averages {network.members} networks; a training starts from one of them, "
-                "runs/train/LABEL/seed_N/best/policy.json"
-            )
+        learned, network = starting_policy(path, imitate.get("member"))
         sizes = [weight.shape[0] for weight in network.weights[:-1]]
         if sizes != values["hidden"]:
             raise ConfigError(

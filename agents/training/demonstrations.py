@@ -1,4 +1,6 @@
-"""Observations with target action probabilities, for imitation: what a solver, a teacher or one fixed plan would do.
+"""What a training starts from: what a solver, a teacher or one fixed plan would do, or the network of a policy.
+
+Of the first three there are observations with target action probabilities.
 
 A solver returns a set of blocks, not an order. Every block of the set that is still kept is an equally good action, so
 the target is uniform over them.
@@ -17,6 +19,8 @@ from agents.envs.prune_vector import PruneToBudgetVector
 from agents.envs.roles_vector import ServeRolesVector
 from agents.envs.serve_vector import ServeTraceVector
 from sim.errors import ConfigError
+from sim.paths import REPOSITORY
+from sim.policies.learned import Learned, Network, read_learned
 from sim.policies.observation.serve import ServeActions
 from sim.types import Floats32
 
@@ -139,3 +143,21 @@ def phase_demonstrations(
         value = reward + discount * value
         returns.append(value)
     return np.concatenate(observations), np.concatenate(targets), np.concatenate(returns[::-1]).astype(np.float32)
+
+
+def starting_policy(path: str, member: int | None) -> tuple[Learned, Network]:
+    """Return the policy of ``imitate.path``, and the network of it that a training starts with.
+
+    Raises:
+        ConfigError: for a policy that averages several networks without a member, or a member that is not there.
+    """
+    learned = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace")
+    count = learned.network.members
+    if member is None and count > 1:
+        raise ConfigError(
+            f"imitate.path: {path} averages {count} networks; a training starts from one of them: imitate.member=0 to "
+            f"{count - 1}, or runs/train/LABEL/seed_N/best/policy.json"
+        )
+    if member is not None and not 0 <= member < count:
+        raise ConfigError(f"imitate.member is {member}, but {path} has {count} networks, of which the first is 0")
+    return learned, learned.network.member(member or 0)

@@ -30,7 +30,7 @@ from sim.cost.quality import BEST_FORM, QUALITIES
 from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, RapLabError, nearest
 from sim.policies.learned import SHIPPED, Learned, Network, averaged, read_learned
-from sim.policies.learned_files import MAX_MEMBERS, SERVING_TERMS, read_about
+from sim.policies.learned_files import MAX_MEMBERS, SERVING, SERVING_TERMS, read_about
 from sim.policies.prune_guard import about_guard
 from sim.results.run_folder import commit, write_json, write_text
 
@@ -298,7 +298,7 @@ def check_terms(policy: Learned, terms: Mapping[str, float]) -> None:
         if not 0.0 < value < 1e18:
             kind = f"a share of the target of {what}, above 0, such as 0.9" if what else "a number above 0, such as 4.0"
             raise ConfigError(f"{name} is {value:g}; it must be {kind}")
-        if policy.about["task"] != "ServeTrace" or (target and not (policy.about.get("slo") or {}).get(target)):
+        if policy.about["task"] not in SERVING or (target and not (policy.about.get("slo") or {}).get(target)):
             trained = "to serve" + f" with a target of {what}" * bool(what)
             raise ConfigError(f"{name} is {value:g}, but {policy.path} was not trained {trained}; leave {name} out")
     both = {"pace_share", "run_share"}

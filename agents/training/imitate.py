@@ -17,14 +17,19 @@ import torch
 from agents.envs.cluster import ClusterSetting
 from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.serve_vector import ServeTraceVector
-from agents.training.demonstrations import knapsack_demonstrations, phase_demonstrations, plan_demonstrations
+from agents.training.demonstrations import (
+    knapsack_demonstrations,
+    phase_demonstrations,
+    plan_demonstrations,
+    starting_policy,
+)
 from agents.training.episodes import FILE, read_episodes
 from agents.training.fitting import fit_actor, fit_critic, fit_values
 from agents.training.learners import KeepsMargin
 from agents.training.modules import MaskedDQN, actor_layers, actor_logits, learner_module
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
-from sim.policies.learned import Network, read_learned
+from sim.policies.learned import Network
 from sim.types import Floats32
 
 NO_PROBABILITIES = "imitate=offline fits action probabilities, which DQN does not have; use algorithm=ppo"
@@ -176,6 +181,7 @@ def imitate_policy(
     epochs: int,
     batch: int,
     lr: float,
+    member: int | None = None,
 ) -> float:
     """Start with the network of an exported policy and a critic fitted to its returns; return the last squared error.
 
@@ -187,8 +193,9 @@ def imitate_policy(
         path: the policy's JSON file in the repository, or the name of a shipped policy.
         temperature: the network's outputs divided by this become the logits of the actions.
         windows: episodes (in a cluster: clusters) played at once for the critic.
+        member: which network of a policy that averages several, the first being 0.
     Raises:
-        ConfigError: for another environment, DQN, or a network of another size.
+        ConfigError: for another environment, DQN, a network of another size, or a member that is not there.
     """
     if isinstance(algorithm.get_module(), MaskedDQN) or env not in ("ServeTrace-v0", "ServeCluster-v0"):
         raise ConfigError(
@@ -200,7 +207,7 @@ def imitate_policy(
         vector = ServeTraceVector(windows, **env_kwargs)
     else:
         vector = ServeReplicas(windows * ClusterSetting(**env_kwargs).replicas, **env_kwargs)
-    network = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace").network
+    _, network = starting_policy(path, member)
     module = learner_module(algorithm)
     _load_actor(module, widen_inputs(network, vector.setting.table.features), temperature)
     observations, returns = _play_for_returns(module, vector, float(algorithm.config.gamma), seed)

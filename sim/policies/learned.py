@@ -117,6 +117,13 @@ class Network(Immutable):
         first = self.weights[0]
         return first.shape[0] if first.ndim == 3 else 1
 
+    def member(self, number: int) -> Network:
+        """Return one of the perceptrons, the first being 0, as a network of its own."""
+        if self.members == 1:
+            return self
+        weights, biases = (tuple(layer[number] for layer in layers) for layers in (self.weights, self.biases))
+        return replace(self, weights=weights, biases=biases)
+
     @property
     def inputs(self) -> int:
         """The number of features."""

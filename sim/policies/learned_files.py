@@ -203,10 +203,14 @@ SERVING_TERMS = ("pace_share", "run_share", "wait_share", "room_weight")
 """Keys of policies that serve: what is added to the network (``sim.policies.learned_serve``)."""
 
 
+SERVING = ("ServeTrace", "ServeCluster")
+"""Environments whose policies may have such terms."""
+
+
 def _check_terms(about: Mapping[str, Any]) -> None:
     """Check that only a policy that serves has ``SERVING_TERMS``, and one limit of what runs."""
-    if about["task"] != "ServeTrace" and (found := [name for name in SERVING_TERMS if name in about]):
-        raise ValueError(f"{found[0]} is for policies of ServeTrace, and this one is of {about['task']}")
+    if about["task"] not in SERVING and (found := [name for name in SERVING_TERMS if name in about]):
+        raise ValueError(f"{found[0]} is for policies of {' and '.join(SERVING)}, and this one is of {about['task']}")
     if {"pace_share", "run_share"} <= about.keys():
         raise ValueError("pace_share and run_share both limit what runs; leave one of them out")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sim.cost.memory import kv_block_layer_bytes
 from sim.cost.plan import Plan
@@ -26,6 +27,7 @@ from sim.policies.observation.serve import (
     replica_table,
     serve_table,
 )
+from sim.types import Floats32
 
 
 @dataclass(slots=True)
@@ -64,7 +66,10 @@ class LearnedServe:
 
     def __call__(self, state: EngineState) -> Plan:
         """Observe and choose."""
-        features = self.observer(state, self.choice)[: self.reads]
+        return self.decided(state, self.observer(state, self.choice)[: self.reads])
+
+    def decided(self, state: EngineState, features: Floats32) -> Plan:
+        """Choose by what was observed of a state, float32[entries]."""
         added = None if self.room is None else self.room(state)
         action = int(self.network.act(features, self.actions.legal(state, self.choice), added))
         self.choice = self.actions.chosen(state, self.choice, action)
@@ -104,8 +109,23 @@ def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) ->
         ConfigError: for a file that was trained for another model, observation or table of plans.
     """
     learned = read_learned(path, "ServeTrace")
-    reads = learned.network.inputs
-    table = replica_table if reads == len(SERVER_ENTRIES) else serve_table
+    table = replica_table if learned.network.inputs == len(SERVER_ENTRIES) else serve_table
+    return LearnedServe(**parts_of(learned, served, table, low_bits))
+
+
+def parts_of(
+    learned: Learned,
+    served: PolicyContext,
+    table: Callable[[ServeActions], ObservationSpec],
+    low_bits: bool,
+) -> dict[str, Any]:
+    """Return the arguments of ``LearnedServe`` for an exported policy.
+
+    Args:
+        learned, served, table: as in ``trained_actions``. low_bits: as in ``learned_serve``.
+    Raises:
+        ConfigError: as ``trained_actions``.
+    """
     actions = trained_actions(learned, served, table)
     if not low_bits:
         actions = actions.without_low_bits()
@@ -116,8 +136,16 @@ def learned_serve(served: PolicyContext, *, path: str, low_bits: bool = True) ->
     share, ttft_s = learned.about.get("wait_share"), (learned.about.get("slo") or {}).get("ttft_s")
     wait = None if share is None or ttft_s is None else WaitLimit(float(ttft_s), share)
     weight = learned.about.get("room_weight")
-    room = None if weight is None else kv_room(served.model, actions, float(weight))
-    return LearnedServe(learned.network, actions, observer, reads, pace, run, wait, room)
+    return {
+        "network": learned.network,
+        "actions": actions,
+        "observer": observer,
+        "reads": learned.network.inputs,
+        "pace": pace,
+        "run": run,
+        "wait": wait,
+        "room": None if weight is None else kv_room(served.model, actions, float(weight)),
+    }
 
 
 def _pace(share: float | None, tpot_s: float) -> PaceLimit | None:

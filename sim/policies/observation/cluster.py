@@ -1,8 +1,8 @@
 """What a replica of a cluster observes in addition to its own state: how it compares with the others.
 
-An observation starts with what a server observes of itself (``SERVER_ENTRIES`` of sim/policies/observation/serve.py);
-the entries here follow. All come from states that servers publish, none from the router
-or the trace. Entries about other replicas are 0 if there are none.
+An observation starts with what a policy of one server observes (``serve_table`` of
+sim/policies/observation/serve.py); the entries here follow. All come from states that servers publish, none from the
+router or the trace. Entries about other replicas are 0 if there are none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sim.engine import batch_step
 from sim.engine.protocol import EngineState
 from sim.errors import ConfigError, nearest
 from sim.policies.observation.prune import Entry, ObservationSpec
-from sim.policies.observation.serve import SERVER_ENTRIES, ServeActions
+from sim.policies.observation.serve import ServeActions, serve_table
 from sim.types import Floats, Floats32
 
 # Shapes: c clusters of k replicas.
@@ -39,7 +39,7 @@ _HIGHEST = np.array([entry.high for entry in CLUSTER_ENTRIES])
 
 def cluster_table(actions: ServeActions) -> ObservationSpec:
     """Return the table of one replica in ``ServeCluster``."""
-    return ObservationSpec(SERVER_ENTRIES + CLUSTER_ENTRIES, actions.names)
+    return ObservationSpec(serve_table(actions).entries + CLUSTER_ENTRIES, actions.names)
 
 
 def shown_entries(table: ObservationSpec, hidden: Sequence[str]) -> Floats32:

@@ -32,6 +32,7 @@ from sim.policies.base import ClusterPolicy, Policy
 from sim.policies.learned import read_learned
 from sim.policies.learned_cluster import LearnedCluster, learned_cluster
 from sim.policies.observation.cluster import CLUSTER_ENTRIES, replica_features
+from sim.policies.observation.serve import SERVE_ENTRIES
 from sim.results.metrics import met_slo
 from tests.agents.helpers import check_environment, write_linear_policy
 
@@ -42,7 +43,7 @@ WINDOWS = [
     Window(source="burst", start_s=900.0, rate=1.1, budget="full", budget_seed=5),
     Window(source="burst", start_s=2400.0, rate=1.1, budget="random_walk", budget_seed=6),
 ]
-OWN = [*range(27)]  # what a server observes of itself
+OWN = len(SERVE_ENTRIES)
 COMPARED = len(CLUSTER_ENTRIES)
 
 
@@ -103,12 +104,9 @@ def test_a_cluster_of_one_replica_plays_the_episodes_of_serve_trace() -> None:
         observations = alone.reset(options={"window": window})[0], one.reset(options={"windows": [window]})[0][0]
         fast_alone.reset(options={"windows": [window]})
         fast_one.reset(options={"windows": [[window]]})
-        shared = np.array([*OWN, *range(27 + COMPARED, len(observations[1]))])
-        features = alone.setting.table.features
-        own = np.array([*OWN, *range(features, len(observations[0]))])
         rng, actions, over = np.random.default_rng(0), np.zeros(1, dtype=np.int64), False
         while not over:
-            np.testing.assert_array_equal(observations[0][own], observations[1][shared])
+            np.testing.assert_array_equal(observations[0], np.delete(observations[1], range(OWN, OWN + COMPARED)))
             actions = random_actions(rng, actions, len(alone.setting.actions.plans))
             first, reward, over, _, info = alone.step(actions[0])
             second, cluster_reward, _, _, cluster_info = one.step(actions)
@@ -193,8 +191,8 @@ def test_hidden_entries_stay_0_and_an_unknown_one_is_an_error() -> None:
     np.testing.assert_allclose(observations, env.reset(options={"windows": WINDOWS[:2]})[0], rtol=1e-6, atol=1e-7)
     for _ in range(20):
         observations, *_ = vector.step([0, 0])
-        assert not observations[:, 27 : 27 + COMPARED].any()
-    assert observations[:, :27].any()
+        assert not observations[:, OWN : OWN + COMPARED].any()
+    assert observations[:, :OWN].any()
     with pytest.raises(ConfigError, match=r"hide: there is no entry 'other'"):
         ClusterSetting(hide=["other"])
 
@@ -227,7 +225,7 @@ def test_a_policy_observes_only_the_other_replicas_that_accept_requests() -> Non
             observed.append((state.time_s, len(others)))
             return self.first_plan
 
-    policy = Recorder(None, setting.actions, None, None)  # type: ignore[arg-type]
+    policy = Recorder(None, setting.actions, None, 0, shown=setting.visible)  # type: ignore[arg-type]
 
     def make(env: simpy.Environment) -> tuple[SimEngine, Policy]:
         return setting.idle_engine(WINDOWS[1], policy.first_plan, env=env, external_clock=True), policy
@@ -266,15 +264,39 @@ def test_training_and_test_clusters_do_not_overlap_in_time_and_each_replica_has_
 
 
 def test_a_policy_of_one_replica_with_widened_inputs_acts_as_before() -> None:
-    network = read_learned("learned_replica_llama2", "ServeTrace").network
-    wider = widen_inputs(network, 27 + COMPARED)
+    network = read_learned("learned_serve_llama2", "ServeTrace").network.member(3)
+    wider = widen_inputs(network, OWN + COMPARED)
     rng = np.random.default_rng(0)
-    rows = rng.random((50, 27 + COMPARED)).astype(np.float32)
-    np.testing.assert_allclose(wider(rows), network(rows[:, :27]), rtol=1e-5, atol=1e-5)
+    rows = rng.random((50, OWN + COMPARED)).astype(np.float32)
+    np.testing.assert_allclose(wider(rows), network(rows[:, :OWN]), rtol=1e-5, atol=1e-5)
     served: Any = OmegaConf.to_container(load_option("env", "serve_cluster").kwargs)
-    same = {key: served[key] for key in ("actions", "quality", "slo")}
-    alone = serve(lambda features, legal: network.act(features[:, :27], legal), same, WINDOWS[:1])
+    same = {key: served[key] for key in ("actions", "quality", "slo", "budget")}
+    alone = serve(network.act, same, WINDOWS[:1])
     assert serve_clusters(wider.act, {"replicas": 1, **same}, [WINDOWS[:1]]) == pytest.approx(alone, abs=1e-12)
+
+
+def test_the_replicas_of_a_cluster_may_differ_in_speed_and_in_what_low_precision_costs() -> None:
+    servers = [
+        replace(WINDOWS[0], slowdown=1.8),
+        replace(WINDOWS[1], low_bits=False),
+        replace(WINDOWS[2], low_bit_cost=4.0),
+    ]
+    actions = {**CLUSTER_ACTIONS, "start_drops": 4}
+    vector, env = ServeReplicas(3, replicas=3, actions=actions), ServeCluster(replicas=3, actions=actions)
+    observations = vector.reset(options={"windows": [servers]})[0]
+    plain = env.reset(options={"windows": servers})[0]
+    names = [entry.name for entry in env.setting.table.entries]
+    chosen = np.zeros(3, dtype=np.int64)
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        np.testing.assert_allclose(observations, plain, rtol=1e-6, atol=1e-7)
+        chosen = random_actions(rng, chosen, len(env.setting.actions.plans))
+        observations, plain = vector.step(chosen)[0], env.step(chosen)[0]
+    seen = {name: plain[:, names.index(name)] for name in ("slowdown", "low_bits", "low_loss")}
+    assert seen["slowdown"][0] == pytest.approx(np.log2(1.8) / 2.0, abs=0.02)
+    assert seen["low_bits"].tolist() == [1.0, 0.0, 1.0]
+    assert seen["low_loss"][2] == pytest.approx(4.0 * seen["low_loss"][0], rel=1e-5)
+    assert seen["low_loss"][1] == 0.0
 
 
 def test_the_shipped_policy_serves_held_out_clusters_better_than_dense() -> None:
