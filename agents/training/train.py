@@ -100,11 +100,13 @@ def environment_kwargs(cfg: DictConfig) -> dict[str, Any]:
 
 def _heads(cfg: DictConfig) -> tuple[int, int] | None:
     """Return the heads of an actor whose actions are pairs of weights and a wait limit; None for other actions."""
-    if cfg.env.id != "ServeTrace-v0":
+    if cfg.env.id not in ("ServeTrace-v0", "ServeCluster-v0"):
         return None
+    from agents.envs.cluster import ClusterSetting
     from agents.envs.serve import ServeSetting
 
-    heads = ServeSetting(**environment_kwargs(cfg)).actions.heads
+    setting = ServeSetting if cfg.env.id == "ServeTrace-v0" else ClusterSetting
+    heads = setting(**environment_kwargs(cfg)).actions.heads
     return heads if min(heads) > 1 else None
 
 

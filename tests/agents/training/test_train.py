@@ -311,16 +311,16 @@ def test_training_in_clusters_starts_from_the_policy_of_one_replica_and_exports_
 ) -> None:
     overrides = [
         "num_envs=4",
-        "hidden=[84,84]",
+        "hidden=[128,128]",
         "imitate.windows=1",
         "imitate.epochs=1",
         "env.kwargs.replicas=2",
         "env.kwargs.sources=[burst]",
     ]
-    cfg = small("experiment=ppo_cluster", *SMALL_PPO, *overrides, "iterations=1", "algorithm.lr=0.0")
+    cfg = small("experiment=ppo_cluster", *SMALL_PPO, *overrides, "iterations=1", "algorithm.lr=0.0", "seed=3")
     utility = train(cfg, tmp_path)
     policy = read_learned(tmp_path / "best" / "policy.json", "ServeCluster")
-    shipped = read_learned("learned_replica_llama2", "ServeTrace").network
+    shipped = read_learned("learned_serve_llama2", "ServeTrace").network.member(3)
     features = shipped.weights[0].shape[1]
     np.testing.assert_array_equal(policy.network.weights[0][:, :features], shipped.weights[0])
     assert not policy.network.weights[0][:, features:].any()
