@@ -109,12 +109,20 @@ class ClusterSetting(ServeSetting):
         low, high = self.table.bounds()
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
 
-    def sample(self, rng: np.random.Generator, split: Split | None = None) -> tuple[Window, ...]:
-        """Return random windows, one for each replica, all at one load; at least one of them has requests."""
+    def sample(
+        self, rng: np.random.Generator, split: Split | None = None, sources: Sequence[str] | None = None
+    ) -> tuple[Window, ...]:
+        """Return random windows, one for each replica, all at one load; at least one of them has requests.
+
+        Args:
+            split: None for the setting's. sources: traces to sample from; None for the setting's.
+        """
         load = float(rng.uniform())
         windows = self.windows.at_load(load, load)
         while True:
-            sampled = tuple(windows.sample(rng, split or self.split, self.sources) for _ in range(self.replicas))
+            sampled = tuple(
+                windows.sample(rng, split or self.split, sources or self.sources) for _ in range(self.replicas)
+            )
             if any(len(windows.arrays(window)[0]) for window in sampled):
                 return sampled
 

@@ -118,9 +118,13 @@ def validation_windows(count: int | None = None, sources: Sequence[str] | None =
 
 
 def validation_clusters(setting: ClusterSetting) -> list[tuple[Window, ...]]:
-    """Return the validation clusters, the same in every call."""
-    rng = np.random.default_rng(VALIDATION_SEED)
-    return [setting.sample(rng, "validation") for _ in range(VALIDATION_CLUSTERS)]
+    """Return the validation clusters, the same in every call: of every source in equal numbers.
+
+    Sources are those of ``validation_windows``, or the setting's if they suit its model alone.
+    """
+    names = own_sources(setting.sources) or sources_with("validation")[0]
+    rng, each = np.random.default_rng(VALIDATION_SEED), -(-VALIDATION_CLUSTERS // len(names))
+    return [setting.sample(rng, "validation", (name,)) for _ in range(each) for name in names]
 
 
 def validation_systems(setting: RolesSetting) -> list[tuple[Window, ...]]:
