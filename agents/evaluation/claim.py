@@ -151,7 +151,32 @@ def check_claim(cfg: DictConfig, played: Played, folder: Path) -> dict[str, Any]
     return found
 
 
-def claim_commits(path: Path) -> list[str]:
+def check_stated(file: str, now: Mapping[str, Any], results: Path, command: str, *, only: bool) -> dict[str, Any]:
+    """Return the content of a claim of clusters or roles, with its file, hash and commit.
+
+    Args:
+        file: of the claim, from the repository. now: what is about to be played. results: the JSON file of the results.
+        command: that writes the claim. only: whether some policies are played again.
+    Raises:
+        ConfigError: if it is missing, not committed as it is, or says something else than is about to be played; if
+            code or configuration changed since; or if the folder has its results already.
+    """
+    path = REPOSITORY / str(file)
+    made_in = claim_commits(path, command)[0]
+    content = read_json_object(path, ConfigError, f"write a claim: {command}")
+    if differing := [key for key in now if content.get(key) != now[key]]:
+        raise ConfigError(
+            f"{path} claims other {', '.join(differing)} than are about to be played; play what was claimed, or claim "
+            f"this and commit it: {command}"
+        )
+    if not only:
+        check_unchanged_since(made_in)
+    found = {**content, "file": str(file), "sha256": file_sha256(path), "claim_commit": made_in}
+    _check_not_played(results, found, again=only)
+    return found
+
+
+def claim_commits(path: Path, command: str = "python -m agents.claim") -> list[str]:
     """Return the commits that changed a claim, the latest first.
 
     Raises:
@@ -159,8 +184,8 @@ def claim_commits(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise ConfigError(
-            f"there is no claim {path}; the test windows are played after it: python -m agents.claim, then commit it; "
-            "or play the validation windows: claim=none"
+            f"there is no claim {path}; what is held out for the test is played after it: {command}, then commit "
+            "it; or play what is held out for validation: claim=none"
         )
     commits = _git("log", "--format=%H", "--", str(path)).split()
     if not commits or _git("status", "--porcelain", "--", str(path)):

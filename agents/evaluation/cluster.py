@@ -17,6 +17,7 @@ import pandas as pd
 
 from agents.baselines.serve import Build, fixed_plan, policy_context
 from agents.envs.cluster import ClusterSetting
+from agents.envs.prune_loads import Split
 from agents.envs.serve_windows import Window, serve_windows
 from agents.evaluation.figures import best_in_hindsight, serving_figures
 from sim.errors import ConfigError
@@ -30,8 +31,8 @@ from sim.progress import counted, progress
 Windows = Sequence[Window]
 
 TRAIN_CLUSTERS, TRAIN_SEED = 16, 20251121
-TEST_SEED = 20251122
-TEST_LOADS = (0.75, 0.95)
+SEEDS: Mapping[Split, int] = {"validation": 20261130, "test": 20261201}
+LOADS = (0.5, 0.75, 0.95)
 """Positions in each source's range of rates (conf/split/serve.yaml), on a logarithmic scale."""
 BUILDERS: dict[str, Callable[..., Policy]] = {"ServeTrace": learned_serve, "ServeCluster": learned_cluster}
 
@@ -61,15 +62,17 @@ def train_clusters(setting: ClusterSetting) -> list[Windows]:
     return [setting.sample(rng, "train") for _ in range(TRAIN_CLUSTERS)]
 
 
-def test_clusters(setting: ClusterSetting, sources: Sequence[str], each: int) -> list[tuple[float, Windows]]:
-    """Return (load, windows) of the held-out clusters, the same in every call: ``each`` for every source and load."""
-    rng = np.random.default_rng(TEST_SEED)
+def held_out_clusters(
+    setting: ClusterSetting, split: Split, sources: Sequence[str], each: int
+) -> list[tuple[float, Windows]]:
+    """Return (load, windows) of the clusters of a split, the same in every call: ``each`` for every source and load."""
+    rng = np.random.default_rng(SEEDS[split])
     clusters: list[tuple[float, Windows]] = []
     for source in sources:
-        for load in TEST_LOADS:
+        for load in LOADS:
             windows = serve_windows().at_load(load, load)
             clusters += [
-                (load, [windows.sample(rng, "test", (source,)) for _ in range(setting.replicas)]) for _ in range(each)
+                (load, [windows.sample(rng, split, (source,)) for _ in range(setting.replicas)]) for _ in range(each)
             ]
     return clusters
 

@@ -23,9 +23,9 @@ from agents.evaluation.tables import (
 from sim.pages.render import commit_of, table
 from sim.results.plots import figure_file
 
-REFERENCE = "precision+queue"
+REFERENCE = "load_table+saber"
 ORACLES = ("oracle_static",)
-COMPARED = ("dense", "static", "greedy_stop+queue", "precision+queue", "saber")
+COMPARED = ("dense", "static+saber", "greedy_stop+saber", "precision+saber", "load_table+saber")
 """Rules shown next to learned policies behind other routers."""
 
 

@@ -17,7 +17,8 @@ from agents.evaluation.ablation import shuffled_windows
 from agents.evaluation.chosen import allow_new_names, check_rules, glob_files, present, replaced
 from agents.evaluation.claim import policy_hashes
 from agents.evaluation.cluster_report import cluster_table_markdown
-from agents.evaluation.measure import measure_cluster, measure_prune
+from agents.evaluation.measure import measure_prune
+from agents.evaluation.measure_cluster import measure_cluster
 from agents.evaluation.measure_roles import measure_roles
 from agents.evaluation.measure_serve import measure_serve
 from agents.evaluation.page import is_complete, write_report
@@ -69,7 +70,9 @@ class EvaluateConfig:
     workers: processes that play windows and clusters.
     serve_ablation: glob of the policies whose entries are shuffled; empty for none.
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
-    cluster_sources: traces of clusters. cluster_each: clusters for each of them and each load.
+    cluster_sources: traces of clusters; null for all whose data is here. cluster_each: clusters for each of them and
+        each load. cluster_claim, cluster_compared: like claim and compared, for ServeCluster
+        (``agents.evaluation.measure_cluster``).
     roles_learned: name -> glob of exported policies of ServeRoles. roles_each: episodes of each traffic. roles_claim,
         roles_compared: like claim and compared, for ServeRoles (``agents.evaluation.measure_roles``).
     only: policies to play again: rules or learned ones in prune, serve and roles, learned ones in cluster. The rows of
@@ -95,8 +98,10 @@ class EvaluateConfig:
     serve_ablation: str = ""
     cluster_learned: dict[str, Any] = field(default_factory=dict)
     cluster_curves: dict[str, Any] = field(default_factory=dict)
-    cluster_sources: list[str] = field(default_factory=lambda: ["burst"])
-    cluster_each: int = 6
+    cluster_sources: list[str] | None = None
+    cluster_each: int = 3
+    cluster_claim: str = "docs/results/agents/cluster_claim.json"
+    cluster_compared: str = "learned_cluster"
     roles_learned: dict[str, Any] = field(default_factory=dict)
     roles_each: int = 10
     roles_claim: str = "docs/results/agents/roles_claim.json"

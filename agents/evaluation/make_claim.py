@@ -1,8 +1,9 @@
-"""``python -m agents.claim``: write the claim of a configuration (``agents.evaluation.claim``, ``measure_roles``)."""
+"""``python -m agents.claim``: write the claim of a configuration, for windows, clusters or the roles of replicas."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from agents.evaluation.chosen import allow_new_names, present, replaced
 from agents.evaluation.claim import claim_path, claimed
 from agents.evaluation.evaluate import EvaluateConfig
+from agents.evaluation.measure_cluster import write_cluster_claim
 from agents.evaluation.measure_roles import write_roles_claim
 from agents.evaluation.measure_serve import what_is_played
 from sim.config import CONF_DIR, one_thread, run_command
@@ -37,15 +39,22 @@ def write_claim(cfg: DictConfig) -> Path:
     return path
 
 
+WRITERS: Mapping[str, Callable[[DictConfig], Path]] = {
+    "serve": write_claim,
+    "cluster": write_cluster_claim,
+    "roles": write_roles_claim,
+}
+
+
 def _run(cfg: DictConfig) -> None:
     default: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "evaluate.yaml"), resolve=False)
     cfg = replaced(cfg, HydraConfig.get().overrides.task)
-    task = "roles" if list(cfg.tasks) == ["roles"] else "serve"
+    task = cfg.tasks[0] if list(cfg.tasks) in (["roles"], ["cluster"]) else "serve"
     cfg.tasks = [task]
     cfg, notes = present(cfg, default)
     for note in notes:
         print(note)
-    path = write_roles_claim(cfg) if task == "roles" else write_claim(cfg)
+    path = WRITERS[task](cfg)
     others = [override for override in HydraConfig.get().overrides.task if not override.startswith("tasks=")]
     changed = "".join(f" {shlex.quote(override)}" for override in others)
     print(f"wrote {path}\ncommit it, then play it once:")

@@ -16,26 +16,13 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from agents.baselines.prune import baselines, learned_prune_policies, solver
-from agents.baselines.serve import conf_policy
-from agents.envs.cluster import ROUTERS, ClusterSetting
 from agents.envs.prune_loads import prune_loads
 from agents.envs.reward import kept_quality
 from agents.envs.surrogate import mask_losses, quality_on
 from agents.evaluation.ablation import shuffled_loads
 from agents.evaluation.chosen import chosen_rules, glob_files
-from agents.evaluation.cluster import (
-    evaluate_cluster,
-    learned_cluster_policies,
-    mean_cluster_utility,
-    read_about,
-    test_clusters,
-)
-from agents.evaluation.cluster_report import COMPARED as CLUSTER_COMPARED
 from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
-from agents.evaluation.tuning import rules_tuned_to, tuned_folder, tuned_rules
-from agents.training.validation import validation_clusters
-from sim.config import load_option
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
@@ -169,46 +156,6 @@ def read_summary(path: Path, cfg: DictConfig) -> dict[str, Any]:
     ]
     latest = {"policies": list(cfg.only), "commit": provenance(0)["commit"]}
     return summary | {"replayed": [replay for replay in [*earlier, latest] if replay["policies"]]}
-
-
-def measure_cluster(cfg: DictConfig, folder: Path) -> None:
-    """Evaluate the policies of ``ServeCluster``; write cluster*.parquet, then cluster.json."""
-    paths = {str(name): glob_files(str(glob)) for name, glob in cfg.cluster_learned.items()}
-    env_kwargs: Any = OmegaConf.to_container(load_option("env", "serve_cluster").kwargs)
-    env_kwargs["split"] = "test"
-    setting = ClusterSetting(**env_kwargs)
-    clusters = test_clusters(setting, list(cfg.cluster_sources), int(cfg.cluster_each))
-    learned: dict[str, Any] = {name: learned_cluster_policies(files) for name, files in paths.items()}
-    if cfg.only:
-        summary = read_summary(folder / "cluster.json", cfg)
-        rules = {name: [build] for name, build in rules_tuned_to(summary["tuned"]).items()}
-        policies = selected(cfg.only, rules | learned)
-        oracle = False
-    else:
-        summary = provenance(0)
-        tuned, summary["tuned"] = tuned_rules(setting, cfg.baselines, tuned_folder(cfg))
-        policies = {name: [build] for name, build in tuned.items()} | learned
-        oracle = cfg.baselines is None or "oracle_static" in cfg.baselines
-    check_any({**policies, **({"oracle_static": None} if oracle else {})}, "cluster")
-    compared = {name: builds for name, builds in policies.items() if name in learned or name in CLUSTER_COMPARED}
-    rows = evaluate_cluster(setting, policies, clusters, oracle=oracle, workers=cfg.workers)
-    write_rows(cfg, folder / "cluster.parquet", rows)
-    if compared:
-        settings = {router: ClusterSetting(**{**env_kwargs, "router": router}) for router in ROUTERS}
-        by_router = [
-            evaluate_cluster(routed, compared, clusters, oracle=False, workers=cfg.workers).assign(router=name)
-            for name, routed in settings.items()
-        ]
-        write_rows(cfg, folder / "cluster_routers.parquet", pd.concat(by_router, ignore_index=True))
-    write_curves(cfg, folder / "cluster_training.parquet", cfg.cluster_curves)
-    about = {name: [read_about(path) for path in paths[name]] for name in policies if name in learned}
-    kept = {"replicas": setting.replicas, "router": str(env_kwargs["router"]), **summary}
-    if not cfg.only:
-        validation = validation_clusters(setting)
-        kept["learned_serve_validation"] = mean_cluster_utility(setting, validation, conf_policy("learned_serve"))
-    kept["sources"] = summary.get("sources", {}) | {name: sources_of(seeds[0]) for name, seeds in about.items()}
-    kept["seconds"] = summary.get("seconds", {}) | training_seconds(about)
-    write_json(folder / "cluster.json", kept)
 
 
 def write_curves(cfg: DictConfig, path: Path, globs: DictConfig) -> None:

@@ -22,7 +22,7 @@ from agents.envs.prune_loads import Split
 from agents.envs.roles import RolesSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.chosen import glob_files
-from agents.evaluation.claim import check_unchanged_since, claim_commits, file_sha256, policy_hashes
+from agents.evaluation.claim import check_stated, policy_hashes
 from agents.evaluation.measure import read_summary, selected, training_seconds, write_rows
 from agents.evaluation.roles import (
     SEEDS,
@@ -35,7 +35,6 @@ from agents.evaluation.roles import (
     tune_by_load,
 )
 from sim.errors import ConfigError
-from sim.json_file import read_json_object
 from sim.paths import REPOSITORY
 from sim.policies.learned import read_learned
 from sim.results.run_folder import commit, provenance, write_json
@@ -111,36 +110,6 @@ def write_roles_claim(cfg: DictConfig) -> Path:
     return path
 
 
-def check_roles_claim(cfg: DictConfig, played: PlayedRoles, folder: Path) -> dict[str, Any]:
-    """Return the content of the claim, with its file, hash and commit.
-
-    Raises:
-        ConfigError: if it is missing, not committed as it is, or says something else than is about to be played; if
-            code or configuration changed since; or if the folder has its results already.
-    """
-    path = REPOSITORY / str(cfg.roles_claim)
-    made_in = claim_commits(path)[0]
-    content = read_json_object(path, ConfigError, "write a claim: python -m agents.claim 'tasks=[roles]'")
-    now = roles_claimed(cfg, played)
-    if differing := [key for key in now if content.get(key) != now[key]]:
-        raise ConfigError(
-            f"{path} claims other {', '.join(differing)} than are about to be played; play what was claimed, or claim "
-            "this and commit it: python -m agents.claim 'tasks=[roles]'"
-        )
-    if not cfg.only:
-        check_unchanged_since(made_in)
-    found = {**content, "file": str(cfg.roles_claim), "sha256": file_sha256(path), "claim_commit": made_in}
-    before = folder / "roles.json"
-    if not cfg.only and before.is_file():
-        earlier = read_json_object(before, ConfigError, "set out=FOLDER to another folder").get("claim", {})
-        if earlier.get("sha256") == found["sha256"]:
-            raise ConfigError(
-                f"{folder} has the results of this claim, which is played once; read them with measure=false, or set "
-                "out=FOLDER to see whether they come out the same"
-            )
-    return found
-
-
 def measure_roles(cfg: DictConfig, folder: Path) -> None:
     """Evaluate how many replicas prefill; write roles.parquet, then roles.json.
 
@@ -151,7 +120,9 @@ def measure_roles(cfg: DictConfig, folder: Path) -> None:
     played = roles_played(cfg, split)
     summary = read_summary(folder / "roles.json", cfg) if cfg.only else provenance(0)
     if split == "test":
-        claim = check_roles_claim(cfg, played, folder)
+        command = "python -m agents.claim 'tasks=[roles]'"
+        now = roles_claimed(cfg, played)
+        claim = check_stated(cfg.roles_claim, now, folder / "roles.json", command, only=bool(cfg.only))
         summary["claim"] = {key: claim[key] for key in ("file", "sha256", "date", "commit", "claim_commit")}
         tuned = claim["by_load"]
     else:
@@ -174,4 +145,4 @@ def measure_roles(cfg: DictConfig, folder: Path) -> None:
     write_json(folder / "roles.json", summary | about)
 
 
-__all__ = ["check_roles_claim", "measure_roles", "roles_claimed", "roles_played", "write_roles_claim"]
+__all__ = ["measure_roles", "roles_claimed", "roles_played", "write_roles_claim"]
