@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from agents.baselines.serve import policy_context
 from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting
 from agents.envs.serve_windows import Window
+from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.rule_tables import _edges, best_table, plans_without_limits, serve_all
 from agents.evaluation.rules import (
     BASES,
@@ -321,9 +323,9 @@ def test_a_label_names_the_file_of_a_setting_of_ones_own_and_scenarios_have_file
 def test_an_evaluation_reads_the_rules_of_the_folder_that_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tuned_folder(composed("evaluate")) == FOLDER
+    assert tuned_folder(OmegaConf.structured(EvaluateConfig())) == FOLDER
     (tmp_path / "searched_longer").mkdir()
-    cfg = composed("evaluate", "tuned_rules=searched_longer", "prune_model=llama2_7b")
+    cfg = OmegaConf.structured(EvaluateConfig(tuned_rules="searched_longer"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="tuned_rules is 'searched_longer', no folder of tuned rules; python -m "):
         tuned_folder(cfg)
