@@ -67,14 +67,15 @@ def in_forks(task: Callable[[T], R], items: Sequence[T], workers: int, *, chunk:
         return
     if "fork" not in multiprocessing.get_all_start_methods():
         raise ConfigError(f"workers is {workers}, but this system cannot fork a process; use workers=1")
-    _inherited[:] = [task, items]
+    before, _inherited[:] = list(_inherited), [task, items]
     try:
         yield from in_processes(_inherited_task, range(len(items)), workers, start="fork", chunk=chunk)
     finally:
-        _inherited.clear()
+        _inherited[:] = before
 
 
 _inherited: list[Any] = []
+"""The task and the items of ``in_forks``, from which processes are forked."""
 
 
 def _inherited_task(number: int) -> Any:
@@ -83,7 +84,7 @@ def _inherited_task(number: int) -> Any:
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it ends, however that ends, or ends this one."""
+    """Let this process end as soon as the one that started it ends, however that ends, or sends it SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the handler of its parent
     threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
 

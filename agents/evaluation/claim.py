@@ -81,7 +81,7 @@ def server_hashes(played: Played) -> dict[str, str]:
 
 
 def rules_hash(tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the names of a scenario's rules, the file of conf/rules they come from, and the SHA-256 of all of it."""
+    """Return the names of a scenario's rules, the name of the file they come from, and the SHA-256 of all of it."""
     content = json.dumps(tuned, sort_keys=True).encode()
     return {"file": tuned["file"], "names": list(tuned["rules"]), "sha256": hashlib.sha256(content).hexdigest()}
 

@@ -301,6 +301,12 @@ def _plot_above(axes: Any, frame: pd.DataFrame, names: Sequence[str], ours: str)
     axes.set(xlabel=f"{ours} minus it, with 95 % interval")
 
 
+def most_trials(tuned: Mapping[str, Any]) -> int:
+    """Return the most trials that a rule had; 0 if none was tuned. ``tuned``: by scenario, its rules."""
+    entries = [rule for scenario in tuned.values() for rule in scenario.get("rules", {}).values()]
+    return max((int(rule.get("trials", 0)) for rule in entries), default=0)
+
+
 def serve_context(folder: Path) -> dict[str, Any] | None:
     """Return what the template shows, and write serve.png; None where nothing was evaluated."""
     frame = read_if_there(folder / "serve.parquet")
@@ -325,6 +331,7 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
     shares = {key: ".1%" for row in found["oracles"] for key in row if key.startswith("share")}
     return {
         "made": made,
+        "trials": most_trials(made.get("tuned", {})),
         "commit": commit_of(made),
         "later": made.get("replayed", []),
         "windows": frame["window"].nunique(),

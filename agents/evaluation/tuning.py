@@ -323,7 +323,8 @@ def tuned_folder(cfg: DictConfig) -> Path:
         if any(folder.glob("*.json")):
             return folder
     raise ConfigError(
-        f"tuned_rules: {cfg.tuned_rules} is no folder of tuned rules; python -m agents.tune_rules out=FOLDER makes one"
+        f"tuned_rules is {str(cfg.tuned_rules)!r}, no folder of tuned rules; python -m agents.tune_rules out=FOLDER "
+        "makes one"
     )
 
 
@@ -349,9 +350,14 @@ def tuned_rules(
         content = read_rules(path)
         found = {name: entry for name, entry in content["rules"].items() if name in wanted and name not in fixed}
         for name, entry in found.items():
+            if not isinstance(entry.get("parameters"), Mapping):
+                raise ConfigError(
+                    f"{path} has no parameters of {name}; python -m agents.tune_rules writes files that have them"
+                )
             check_parameters(setting, name, entry["parameters"])
         rules |= found
-        summary |= {"file": path.name, "commit": content["made"]["commit"]}
+        made = content.get("made")
+        summary |= {"file": path.name, "commit": made.get("commit", "") if isinstance(made, Mapping) else ""}
     if missing := [name for name in wanted if name not in rules]:
         say(
             f"{folder} has no tuned parameters for {len(missing)} rules of this setting, such as {missing[0]}; "

@@ -45,6 +45,17 @@ SWEEP_FOLDER = "hydra.sweep.dir=FOLDER"
 
 
 @contextmanager
+def same_handler_of_sigterm() -> Iterator[None]:
+    """Set the handler of SIGTERM again at the end, after a library has set its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
     """Let SIGTERM, by which schedulers of clusters end a job, interrupt what runs as Ctrl-C does.
 
@@ -53,26 +64,13 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # the only one that may set a handler
         yield
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with same_handler_of_sigterm():
+        signal.signal(signal.SIGTERM, _interrupt)
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-@contextmanager
-def same_handler_of_sigterm() -> Iterator[None]:
-    """Set the handler of SIGTERM again at the end, after a library has set its own."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -108,7 +108,9 @@ def _compose_chosen(config_name: str, chosen: Sequence[str], search: Sequence[st
                         f"this command has no group {name!r}, but keys of that name; set one of them: "
                         + ", ".join(f"{name}.{key}=VALUE" for key in plain[name])
                     ) from error
-                raise ConfigError(f"this command has no group {name!r}; {nearest(name, used)}") from error
+                known = used or {str(key) for key in plain if key != "hydra"}
+                what = "group" if used else "group, and no key,"
+                raise ConfigError(f"this command has no {what} {name!r}; {nearest(name, known)}") from error
         raise ConfigError(" ".join(str(error).split())) from error
 
 

@@ -58,6 +58,13 @@ def test_two_pools_of_forks_at_once_have_tasks_of_their_own() -> None:
     assert list(zip(first, second, strict=True)) == [(10, 100), (20, 200), (30, 300)]
 
 
+def test_a_fork_may_fork_again() -> None:
+    def sums(number: int) -> int:
+        return sum(in_forks(lambda addend: number + addend, [1, 2], 2))
+
+    assert list(in_forks(sums, [10, 20, 30], 2)) == [23, 43, 63]
+
+
 def test_a_killed_process_ends_the_work_with_an_error_instead_of_waiting_forever() -> None:
     with pytest.raises(ConfigError, match=r"one of 2 processes was ended from outside .* use fewer workers"):
         list(in_processes(killed_at_two, range(5), 2))

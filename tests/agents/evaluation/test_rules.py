@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from agents.baselines.serve import policy_context
 from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting
 from agents.envs.serve_windows import Window
+from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.rule_tables import _edges, best_table, plans_without_limits, serve_all
 from agents.evaluation.rules import (
     BASES,
@@ -286,6 +288,16 @@ def test_a_file_that_names_what_to_run_is_refused(rules: Any, named: str, tmp_pa
         tuned(PolicyContext(model=SETTING.model), rule="x", file=str(path))
 
 
+def test_a_file_without_parameters_is_refused_and_one_that_does_not_say_how_it_was_made_is_read(tmp_path: Path) -> None:
+    path, content = a_file(tmp_path)
+    write_json(path, {key: value for key, value in content.items() if key != "made"})
+    assert tuned_rules(SETTING, ["dense+wait"], tmp_path)[1]["commit"] == ""
+    del content["rules"]["dense+wait"]["parameters"]
+    write_json(path, content)
+    with pytest.raises(ConfigError, match=r"mine\.json has no parameters of dense\+wait; python -m agents.tune_rules"):
+        tuned_rules(SETTING, ["dense+wait"], tmp_path)
+
+
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_file_on_any_number_of_processes() -> None:
     names = ["dense+wait", "load_table+saber", "memory_ladder+wait"]
@@ -311,11 +323,11 @@ def test_a_label_names_the_file_of_a_setting_of_ones_own_and_scenarios_have_file
 def test_an_evaluation_reads_the_rules_of_the_folder_that_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tuned_folder(composed("evaluate")) == FOLDER
+    assert tuned_folder(OmegaConf.structured(EvaluateConfig())) == FOLDER
     (tmp_path / "searched_longer").mkdir()
-    cfg = composed("evaluate", "tuned_rules=searched_longer", "prune_model=llama2_7b")
+    cfg = OmegaConf.structured(EvaluateConfig(tuned_rules="searched_longer"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="searched_longer is no folder of tuned rules; python -m "):
+    with pytest.raises(ConfigError, match="tuned_rules is 'searched_longer', no folder of tuned rules; python -m "):
         tuned_folder(cfg)
     path, _ = a_file(tmp_path / "searched_longer")
     assert tuned_folder(cfg) == path.parent
