@@ -18,7 +18,7 @@ from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.serve import ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
-from agents.evaluation.cluster import mean_cluster_utility, play_cluster, test_clusters, train_clusters
+from agents.evaluation.cluster import held_out_clusters, mean_cluster_utility, play_cluster, train_clusters
 from agents.training.imitate import widen_inputs
 from agents.training.validation import serve, serve_clusters, validation_clusters
 from sim.cluster.cluster import Cluster, Replica
@@ -35,8 +35,6 @@ from sim.policies.observation.cluster import CLUSTER_ENTRIES, replica_features
 from sim.policies.observation.serve import SERVE_ENTRIES
 from sim.results.metrics import met_slo
 from tests.agents.helpers import check_environment, write_linear_policy
-
-test_clusters.__test__ = False  # type: ignore[attr-defined]  # a function of agents, not a test
 
 WINDOWS = [
     Window(source="burst", start_s=300.0, rate=1.1, budget="cotenant", budget_seed=4),
@@ -249,8 +247,8 @@ def test_training_and_test_clusters_do_not_overlap_in_time_and_each_replica_has_
     for cluster in train_clusters(setting):
         assert max(one.start_s + windows.window_s * one.rate for one in cluster) <= windows.span_s("burst", "train")[1]
         assert len({one.rate for one in cluster}) == 1  # one load
-    held_out = test_clusters(setting, ["burst"], 4)
-    assert len(held_out) == 8
+    held_out = held_out_clusters(setting, "test", ["burst"], 4)
+    assert len(held_out) == 12
     for _, cluster in held_out:
         assert min(one.start_s for one in cluster) >= windows.span_s("burst", "test")[0]
     kinds = [{one.budget for one in cluster} for _, cluster in held_out]
