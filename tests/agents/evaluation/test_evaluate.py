@@ -160,12 +160,12 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
 def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_adds(
     played: pd.DataFrame, tmp_path: Path
 ) -> None:
-    rules = {"dense": 0.5, "static": 0.7, "precision+queue": 0.8}
+    rules = {"dense": 0.5, "static+saber": 0.7, "load_table+saber": 0.8}
     learned = {"learned_serve": 0.81, "learned_cluster": 0.83, "learned_cluster_own": 0.79}
     utilities = rules | {"oracle_static": 0.9} | learned
     frame = scenarios(utilities, "learned_cluster", {"load": [0.9, 0.7], "pressed": [0, 1, 2, 3, 4]})
     found = cluster_verdict(frame)
-    assert (found["best"], found["simple"]) == ("learned_cluster", "precision+queue")
+    assert (found["best"], found["simple"]) == ("learned_cluster", "load_table+saber")
     assert found["simple_utility"] == pytest.approx(0.8)
     assert set(found["beats"]) == set(rules)
     assert found["worst"] == ("azure_code", pytest.approx(0.03))
@@ -183,7 +183,7 @@ def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_a
     write_parquet(tmp_path / "cluster.parquet", frame)
     replayed = [{"policies": ["dense"], "commit": "3" * 40}]
     made = {**PROVENANCE, "tuned": TUNED, "replayed": replayed, "replicas": 4, "router": "least_kv", "seconds": {}}
-    made |= {"learned_serve_validation": 0.9, "sources": {"learned_cluster": ["burst", "azure_conv"]}}
+    made |= {"sources": {"learned_cluster": ["burst", "azure_conv"]}}
     write_json(tmp_path / "cluster.json", made)
     assert "333333333333" in page(tmp_path)
     write_parquet(tmp_path / "cluster_routers.parquet", frame.assign(router="round_robin"))
