@@ -86,7 +86,7 @@ def test_an_error_of_a_task_ends_the_others_at_once() -> None:
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     notes = [tmp_path / "a", tmp_path / "b"]
     code = (
-        "from sim.processes import in_forks, in_processes\nfrom tests.sim.test_processes import note_and_wait\n"
+        "from sim.processes import in_processes\nfrom tests.sim.test_processes import note_and_wait\n"
         f"if __name__ == '__main__':\n    list(in_processes(note_and_wait, {[str(note) for note in notes]}, 2))\n"
     )
     script = tmp_path / "script.py"
