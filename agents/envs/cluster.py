@@ -67,7 +67,7 @@ CLUSTER_ACTIONS: Mapping[str, Any] = {
     "admits": [None, 4, 8, 16],
     "dwell_s": 8.0,
 }
-"""The table of plans without another one; the shipped policy of ``ServeCluster`` chooses from it."""
+"""The table of plans without another one."""
 
 
 class ClusterSetting(ServeSetting):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -256,7 +257,14 @@ def test_training_and_test_clusters_do_not_overlap_in_time_and_each_replica_has_
     assert len({one.budget_seed for _, cluster in held_out for one in cluster}) > 24
     validated = validation_clusters(setting)
     assert validated == validation_clusters(setting)
-    assert all(one.start_s >= windows.span_s("burst", "validation")[0] for cluster in validated for one in cluster)
+    for cluster in validated:
+        assert len({one.source for one in cluster}) == 1
+        for one in cluster:
+            low, high = windows.span_s(one.source, "validation")
+            assert low <= one.start_s <= high - windows.window_s * one.rate
+    counts = Counter(cluster[0].source for cluster in validated)
+    assert counts["burst"] == counts["gamma"] > 0
+    assert len(set(counts.values())) == 1  # every trace equally often
     with pytest.raises(ConfigError, match="2 windows for 4 replicas"):
         setting.check_windows(WINDOWS[:2])
 
@@ -298,8 +306,10 @@ def test_the_replicas_of_a_cluster_may_differ_in_speed_and_in_what_low_precision
 
 
 def test_the_shipped_policy_serves_held_out_clusters_better_than_dense() -> None:
-    setting = ClusterSetting(load=[0.7, 1.0])
-    clusters = validation_clusters(setting)[:4]
+    served: Any = OmegaConf.to_container(load_option("env", "serve_cluster").kwargs)
+    setting = ClusterSetting(**{**served, "sources": ["burst", "gamma"], "load": [0.7, 1.0]})
+    clusters = [cluster for cluster in validation_clusters(setting) if cluster[0].source in setting.sources][:4]
+    assert len(clusters) == 4
     shipped = mean_cluster_utility(setting, clusters, conf_policy("learned_cluster"))
     assert shipped > mean_cluster_utility(setting, clusters, conf_policy("dense")) + 0.1
 

@@ -1,13 +1,28 @@
-"""Clusters are played by several processes as by one, and the best single plan in hindsight is no worse than any."""
+"""Clusters are played by several processes as by one; what is held out for the test is played after a claim."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pandas as pd
+import pytest
+from omegaconf import DictConfig
 
 from agents.baselines.serve import conf_policy
 from agents.envs.cluster import CLUSTER_ACTIONS, ClusterSetting
+from agents.envs.prune_loads import Split
 from agents.envs.serve_windows import Window
+from agents.evaluation import claim as claims
+from agents.evaluation import measure_cluster
+from agents.evaluation.chosen import named, replaced
 from agents.evaluation.cluster import evaluate_cluster
+from agents.evaluation.evaluate import EvaluateConfig  # noqa: F401 - registers the schema of conf/evaluate.yaml
+from sim.errors import ConfigError
+from tests.agents.helpers import composed, write_linear_policy
 
 SETTING = ClusterSetting(replicas=2, actions={**CLUSTER_ACTIONS, "drops": [0, 8], "admits": [None, 8]})
 CLUSTERS = [
@@ -26,3 +41,80 @@ def test_the_rows_of_clusters_do_not_depend_on_the_number_of_processes() -> None
     for _, rows in one.groupby("window"):
         best = rows.set_index("policy")["utility"]
         assert best["oracle_static"] > max(best["dense"], best["int4"])
+
+
+def small(split: Split) -> dict[str, Any]:
+    return {
+        "replicas": 2,
+        "router": "least_kv",
+        "actions": {**CLUSTER_ACTIONS, "drops": [0], "admits": [None]},
+        "sources": ["gamma"],
+        "slo": "ttft_2s_tpot_100ms",
+        "tick_s": 20.0,
+        "split": split,
+    }
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout for claims, in place of the project's, with a policy of small clusters."""
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "config", "user.email", "a@b.c")
+    git(tmp_path, "config", "user.name", "A")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "begin")
+    for module in (claims, measure_cluster):
+        monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(measure_cluster, "environment", small)
+    setting = ClusterSetting(**small("test"))
+    weight = np.random.default_rng(0).normal(size=(len(setting.table.actions), setting.table.features))
+    write_linear_policy(tmp_path, "ServeCluster", setting, weight.astype("float32"), np.zeros(len(weight), "float32"))
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def configuration(folder: Path, *more: str) -> DictConfig:
+    arguments = [f"cluster_learned={{learned_cluster: {folder}/p.json}}", "baselines=[dense,int4]", "cluster_curves={}"]
+    arguments += ["tasks=[cluster]", "cluster_each=1", "cluster_sources=[gamma]", "cluster_claim=cluster_claim.json"]
+    arguments = [named(one) for one in (*arguments, *more)]
+    return replaced(composed("evaluate", *arguments), arguments)
+
+
+def test_the_test_clusters_are_played_once_for_a_committed_claim_that_fits(checkout: Path) -> None:
+    cfg, out = configuration(checkout), checkout / "out"
+    with pytest.raises(ConfigError, match=r"there is no claim .*python -m agents\.claim 'tasks=\[cluster\]'"):
+        measure_cluster.measure_cluster(cfg, out)
+    path = measure_cluster.write_cluster_claim(cfg)
+    with pytest.raises(ConfigError, match="not committed as it is"):
+        measure_cluster.measure_cluster(cfg, out)
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-q", "-m", "claim")
+    with pytest.raises(ConfigError, match="claims other clusters than are about to be played"):
+        measure_cluster.measure_cluster(configuration(checkout, "cluster_each=2"), out)
+    with pytest.raises(ConfigError, match="claims other rules than"):
+        measure_cluster.measure_cluster(configuration(checkout, "baselines=[dense]"), out)
+    with pytest.raises(ConfigError, match="cluster_compared is 'other'; it must be one of cluster_learned: learned_cl"):
+        measure_cluster.write_cluster_claim(configuration(checkout, "cluster_compared=other"))
+    with pytest.raises(ConfigError, match="cluster_each is 0"):
+        measure_cluster.clusters_played(configuration(checkout, "cluster_each=0"), "test")
+    measure_cluster.measure_cluster(cfg, out)
+    made, claim = json.loads((out / "cluster.json").read_text()), json.loads(path.read_text())
+    assert made["claim"]["date"] == claim["date"]
+    assert (made["split"], claim["clusters"]["split"], claim["clusters"]["count"]) == ("test", "test", 3)
+    frame = pd.read_parquet(out / "cluster.parquet")
+    assert frame.groupby("policy").size().to_dict() == dict.fromkeys(["dense", "int4", "learned_cluster"], 3)
+    with pytest.raises(ConfigError, match="which is played once"):
+        measure_cluster.measure_cluster(cfg, out)
+
+
+def test_validation_clusters_need_no_claim_and_are_others_than_the_test_clusters(checkout: Path) -> None:
+    cfg, out = configuration(checkout, "claim=none", "baselines=[dense]", "cluster_learned={}"), checkout / "out"
+    measure_cluster.measure_cluster(cfg, out)
+    made = json.loads((out / "cluster.json").read_text())
+    assert made["split"] == "validation"
+    assert "claim" not in made
+    drawn = {split: measure_cluster.clusters_played(cfg, split).clusters for split in ("validation", "test")}
+    starts = {split: {one.start_s for _, cluster in clusters for one in cluster} for split, clusters in drawn.items()}
+    assert max(starts["validation"]) < min(starts["test"])

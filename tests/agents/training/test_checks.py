@@ -112,6 +112,12 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
             ["experiment=finetune_serve", BURST, "imitate.path=learned_replica_llama2", "hidden=[84,84]"],
             r"chooses from 24 plans, and this training from 216, of which some differ; set env\.kwargs\.actions",
         ),
+        (["experiment=ppo_cluster", BURST, "imitate.member=null"], "averages 10 networks; .* imitate.member=0 to 9"),
+        (
+            ["experiment=ppo_cluster", BURST, "seed=10"],
+            "imitate.member is 10, but .* has 10 networks",
+        ),
+        (["experiment=ppo_cluster", BURST, "imitate.member=-1"], "imitate.member is -1; it must be the number"),
         (["experiment=ppo_serve", "+env.kwargs.foresight=true"], "set algorithm.foresight=true in its place"),
         (["experiment=ppo_cluster", BURST, "+env.kwargs.foresight=true"], "for a critic alone; leave it out"),
         (["experiment=ppo_prune", "algorithm.foresight=true"], "algorithm.foresight is for env=serve_trace"),
