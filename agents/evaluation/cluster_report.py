@@ -40,29 +40,30 @@ def cluster_table_markdown(frame: pd.DataFrame) -> str:
     return table(rows, SPECS | {"plan changes per replica": ".1f", "busiest replica": ".1%"})
 
 
-def cluster_verdict(frame: pd.DataFrame) -> dict[str, Any]:
-    """Return how the best policy trained in clusters stands against rules, and what that training added."""
+def cluster_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
+    """Return how a policy stands against rules, and what training in clusters added.
+
+    Args:
+        frame: one row per policy, seed and cluster. compared: the policy.
+    """
     names = policies_of(frame, ORACLES)
     means = {name: float(frame[frame["policy"] == name]["utility"].mean()) for name in names}
     rules = [name for name in names if not name.startswith("learned") and name not in ORACLES]
     simple = max(rules, key=lambda name: means[name])
-    learned = [name for name in names if name.startswith("learned_cluster")]
     found: dict[str, Any] = {"simple": simple, "simple_utility": means[simple]}
-    if not learned:
+    if compared not in names:
         return found
-    best = max(learned, key=lambda name: means[name])
-    kinds = gaps(frame, best, simple, ("source",))
+    kinds = gaps(frame, compared, simple, ("source",))
     found |= {
-        "best": best,
-        "utility": means[best],
-        "against_simple": signed(against(frame, best, simple)),
-        **standing(lambda name: against(frame, best, name), rules),
+        "compared": compared,
+        "utility": means[compared],
+        "against_simple": signed(against(frame, compared, simple)),
+        **standing(lambda name: against(frame, compared, name), rules),
         "worst": min(kinds.items(), key=lambda item: item[1]),
         "easiest": max(kinds.items(), key=lambda item: item[1]),
     }
-    pairs = [(name, "learned_serve") for name in learned if "learned_serve" in names]
-    pairs += [("learned_cluster", name) for name in learned if name != "learned_cluster" and "learned_cluster" in names]
-    pairs += [("learned_serve", simple)] if "learned_serve" in names else []
+    others = [name for name in names if name.startswith("learned") and name != compared]
+    pairs = [(compared, name) for name in others] + [(name, simple) for name in others]
     found["pairs"] = [{"policy": a, "minus": b, "utility": signed(against(frame, a, b))} for a, b in pairs]
     return found
 
@@ -86,7 +87,7 @@ def cluster_context(folder: Path) -> dict[str, Any] | None:
     made: dict[str, Any] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
     curves, routers = (read_if_there(folder / f"cluster_{name}.parquet") for name in ("training", "routers"))
     cluster_figure(folder, frame, curves)
-    found = cluster_verdict(frame)
+    found = cluster_verdict(frame, made["compared"])
     kinds = {"source": "", "load": "load ", "pressed": "pressed "}
     return {
         "made": made,

@@ -157,15 +157,15 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     assert (tmp_path / "serve.png").stat().st_size > 10_000
 
 
-def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_adds(
+def test_the_verdict_on_clusters_names_who_won_where_and_what_the_other_policies_learned(
     played: pd.DataFrame, tmp_path: Path
 ) -> None:
     rules = {"dense": 0.5, "static+saber": 0.7, "load_table+saber": 0.8}
     learned = {"learned_serve": 0.81, "learned_cluster": 0.83, "learned_cluster_own": 0.79}
     utilities = rules | {"oracle_static": 0.9} | learned
     frame = scenarios(utilities, "learned_cluster", {"load": [0.9, 0.7], "pressed": [0, 1, 2, 3, 4]})
-    found = cluster_verdict(frame)
-    assert (found["best"], found["simple"]) == ("learned_cluster", "load_table+saber")
+    found = cluster_verdict(frame, "learned_cluster")
+    assert (found["compared"], found["simple"]) == ("learned_cluster", "load_table+saber")
     assert found["simple_utility"] == pytest.approx(0.8)
     assert set(found["beats"]) == set(rules)
     assert found["worst"] == ("azure_code", pytest.approx(0.03))
@@ -173,9 +173,9 @@ def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_a
     added = {(pair["policy"], pair["minus"]): pair["utility"].split()[0] for pair in found["pairs"]}
     assert added["learned_cluster", "learned_serve"] == "+0.0450"
     assert added["learned_cluster", "learned_cluster_own"] == "+0.0650"
-    worse = frame.assign(utility=frame["utility"].where(frame["policy"] != "learned_cluster", 0.1))
-    assert cluster_verdict(worse)["best"] == "learned_cluster_own"
-    assert "best" not in cluster_verdict(frame[frame["policy"].isin(rules)])
+    assert added["learned_serve", "load_table+saber"] == "+0.0100"
+    assert cluster_verdict(frame, "learned_serve")["beats"] == [*rules]
+    assert "compared" not in cluster_verdict(frame[frame["policy"].isin(rules)], "learned_cluster")
     compared = [row[3] for row in cells(cluster_table_markdown(frame))]
     assert compared.count("-") == 1  # the reference alone is not compared with itself
 
@@ -183,7 +183,7 @@ def test_the_verdict_on_clusters_names_who_won_where_and_what_training_in_them_a
     write_parquet(tmp_path / "cluster.parquet", frame)
     replayed = [{"policies": ["dense"], "commit": "3" * 40}]
     made = {**PROVENANCE, "tuned": TUNED, "replayed": replayed, "replicas": 4, "router": "least_kv", "seconds": {}}
-    made |= {"sources": {"learned_cluster": ["burst", "azure_conv"]}}
+    made |= {"sources": {"learned_cluster": ["burst", "azure_conv"]}, "compared": "learned_cluster"}
     write_json(tmp_path / "cluster.json", made)
     assert "333333333333" in page(tmp_path)
     write_parquet(tmp_path / "cluster_routers.parquet", frame.assign(router="round_robin"))
