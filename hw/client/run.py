@@ -20,6 +20,7 @@ from hw.client.replayer import Answer, Replayer
 from hw.client.settings import ClientSettings
 from hw.client.target import target_of
 from sim.config import build, run_command
+from sim.config.failures import interrupts_held_back
 from sim.engine.protocol import sessions_of
 from sim.errors import ConfigError
 from sim.progress import progress
@@ -178,22 +179,23 @@ def run_client(cfg: DictConfig) -> int:
             asyncio.run(replayer.run(requests_of(trace), report, sessions))
     except KeyboardInterrupt:
         interrupted = True
-    answers = replayer.answers
-    summary = summary_of(answers, slo, not_arrived=len(trace) - len(answers)) | {"interrupted": interrupted}
-    figures = {"url": target.url, "loop": settings.loop, **client_figures(answers)}
-    console = Console()
-    try:
-        write_begun(folder, cfg, made_by)
-        order = np.array([answer.request.request_id for answer in answers], dtype=np.int64)
-        frame = records_frame(records_of(answers), slo).assign(**turn_columns(trace, order))
-        write_parquet(folder / "records.parquet", frame)
-        write_parquet(folder / "transitions.parquet", transitions_frame(no_transitions()))
-        write_json(folder / "client.json", figures)
-        write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
-    finally:  # a full disk loses the files, not the figures
-        print_summary(summary, f"{len(answers):,} requests to {target.base}", console)
-        _print_problems(figures, warnings_of(figures, settings), len(answers))
-    console.print(f"files: {folder}", markup=False, highlight=False, soft_wrap=True)
+    with interrupts_held_back():
+        answers = replayer.answers
+        summary = summary_of(answers, slo, not_arrived=len(trace) - len(answers)) | {"interrupted": interrupted}
+        figures = {"url": target.url, "loop": settings.loop, **client_figures(answers)}
+        console = Console()
+        try:
+            write_begun(folder, cfg, made_by)
+            order = np.array([answer.request.request_id for answer in answers], dtype=np.int64)
+            frame = records_frame(records_of(answers), slo).assign(**turn_columns(trace, order))
+            write_parquet(folder / "records.parquet", frame)
+            write_parquet(folder / "transitions.parquet", transitions_frame(no_transitions()))
+            write_json(folder / "client.json", figures)
+            write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+        finally:  # a full disk loses the files, not the figures
+            print_summary(summary, f"{len(answers):,} requests to {target.base}", console)
+            _print_problems(figures, warnings_of(figures, settings), len(answers))
+        console.print(f"files: {folder}", markup=False, highlight=False, soft_wrap=True)
     if interrupted:
         print(f"interrupted: kept the records of {len(answers):,} of {len(trace):,} requests", file=sys.stderr)
         return 130

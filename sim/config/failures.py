@@ -74,6 +74,38 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Finish something short, such as the writing of results, before Ctrl-C or SIGTERM; a second one does not wait.
+
+    Raises:
+        KeyboardInterrupt: at the end, if one of them came; at once for the second one.
+    """
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set a handler
+        yield
+        return
+    came: list[int] = []
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    answered = {
+        number: handler for number, handler in before.items() if callable(handler)
+    }  # others are ignored, or end
+    try:
+        for number in answered:
+            signal.signal(number, hold)
+        yield
+    finally:
+        for number, handler in answered.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def errors_in_one_line(where: str = "", elsewhere: str = RUN_FOLDER) -> Iterator[None]:
     """End the process with one line on stderr if an error that the user can mend comes up.
 

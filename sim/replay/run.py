@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sim.compiled import cpu_clock
 from sim.config import build, name_of
+from sim.config.failures import interrupts_held_back
 from sim.cost.front_end import NO_FRONT_END, FrontEnd, into_queue
 from sim.cost.gpu import Gpu
 from sim.cost.memory import weight_bytes
@@ -344,36 +345,39 @@ def run_replay(
             replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True
-    records, iterations = engine.records(), engine.iterations()
-    summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s(), front_end=front_end)
-    summary["interrupted"] = interrupted
+    with interrupts_held_back():
+        records, iterations = engine.records(), engine.iterations()
+        summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s(), front_end=front_end)
+        summary["interrupted"] = interrupted
     with contextlib.suppress(KeyboardInterrupt):  # the replay itself is complete
         summary |= {} if interrupted else measured_rate(cfg, trace, summary, policy)
-    summary |= quality_figures(cfg, seen.plans, iterations)
-    if note:
-        summary |= {"quality_outside_share": None, "quality_note": note}
-    try:
-        write_begun(folder, cfg, made_by)
-        write_tables(
-            folder,
-            slo,
-            records,
-            engine.transitions(),
-            engine.kept_share(),
-            iterations if cfg.iterations else None,
-            front_end,
-            turn_columns(trace, engine.arrival_order()),
-        )
-        write_json(folder / "server.json", server_figures(cfg, policy.first_plan, engine.budget.steps))
-        if cfg.plot:
-            plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
-        write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
-    finally:  # a full disk loses the files, not the figures
-        print_summary(summary, title, console)
+    with interrupts_held_back():
+        summary |= quality_figures(cfg, seen.plans, iterations)
+        if note:
+            summary |= {"quality_outside_share": None, "quality_note": note}
+        try:
+            write_begun(folder, cfg, made_by)
+            write_tables(
+                folder,
+                slo,
+                records,
+                engine.transitions(),
+                engine.kept_share(),
+                iterations if cfg.iterations else None,
+                front_end,
+                turn_columns(trace, engine.arrival_order()),
+            )
+            write_json(folder / "server.json", server_figures(cfg, policy.first_plan, engine.budget.steps))
+            if cfg.plot:
+                plot_replay(folder / "replay.png", records, iterations, slo, title, engine.budget.steps)
+            write_json(folder / "summary.json", summary)  # last: a folder with a summary is complete
+        finally:  # a full disk loses the files, not the figures
+            print_summary(summary, title, console)
+        if interrupted:
+            kept = f"interrupted: kept the records of {len(records):,} requests that had arrived, in {folder}"
+            console.print(kept, highlight=False)
+        else:
+            console.print(f"files: {folder}", highlight=False, soft_wrap=True)
     if interrupted:
-        console.print(
-            f"interrupted: kept the records of {len(records):,} requests that had arrived, in {folder}", highlight=False
-        )
         sys.exit(130)
-    console.print(f"files: {folder}", highlight=False, soft_wrap=True)
     return summary

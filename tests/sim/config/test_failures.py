@@ -20,6 +20,7 @@ from sim.config.failures import (
     errors_in_one_line,
     explain,
     extra_of,
+    interrupts_held_back,
     same_handler_of_sigterm,
     sigterm_as_ctrl_c,
 )
@@ -114,9 +115,43 @@ def test_sigterm_interrupts_what_runs_and_does_what_it_did_afterwards(capsys: py
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@interrupts_held_back()
+def held_back(*numbers: int, error: Exception | None = None, reached: list[str] | None = None) -> None:
+    for number in numbers:
+        signal.raise_signal(number)
+    if error is not None:
+        raise error
+    if reached is not None:
+        reached.append("end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_what_is_short_and_a_second_one_does_not(number: signal.Signals) -> None:
+    reached: list[str] = []
+    with sigterm_as_ctrl_c():
+        before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+        with pytest.raises(KeyboardInterrupt):
+            held_back(number, reached=reached)
+        assert reached == ["end"]
+        with pytest.raises(KeyboardInterrupt):
+            held_back(number, signal.SIGINT, reached=reached)
+        assert reached == ["end"]
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_held_back_interrupt_hides_no_error_and_an_ignored_one_stays_ignored() -> None:
+    with pytest.raises(ValueError, match="a full disk"):
+        held_back(signal.SIGINT, error=ValueError("a full disk"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        held_back(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_in_another_thread_no_handler_is_set() -> None:
     def enter() -> None:
-        with sigterm_as_ctrl_c(), same_handler_of_sigterm():
+        with sigterm_as_ctrl_c(), same_handler_of_sigterm(), interrupts_held_back():
             pass
 
     with ThreadPoolExecutor() as threads:

@@ -22,6 +22,7 @@ from sim.config import CONF_DIR, build, check_overrides
 from sim.engine.server_spec import find_calibration
 from sim.errors import ConfigError, TraceError
 from sim.paths import REPOSITORY
+from sim.replay import run as replay_run
 from sim.replay.__main__ import main
 from sim.replay.loop import replay
 from sim.replay.run import build_engine, build_trace, figures
@@ -203,6 +204,24 @@ def test_ctrl_c_and_sigterm_keep_what_there_is_and_say_so(number: signal.Signals
     frame = pd.read_parquet(tmp_path / "kept" / "records.parquet")
     assert summary["interrupted"] is True
     assert summary["requests"] == len(frame) < summary["requests"] + summary["not_arrived"]
+
+
+@pytest.mark.parametrize("at", ["write_begun", "write_tables", "print_summary"])
+def test_an_interrupt_while_results_are_written_loses_none(
+    at: str, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = getattr(replay_run, at)
+
+    def interrupted(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        written(*arguments)
+
+    monkeypatch.setattr(replay_run, at, interrupted)
+    done = run_here(*QUICK, "hydra.run.dir=kept", cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "interrupted")
+    summary = json.loads((tmp_path / "kept" / "summary.json").read_text())
+    assert summary["interrupted"] is False
+    assert len(pd.read_parquet(tmp_path / "kept" / "records.parquet")) == summary["requests"] > 0
 
 
 def test_a_killed_write_leaves_the_old_file_and_no_half_one(tmp_path: Path) -> None:
