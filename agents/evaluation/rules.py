@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from agents.baselines.serve import Build
+from agents.envs.cluster import ClusterSetting
 from agents.envs.serve import ServeSetting
 from sim.errors import ConfigError, nearest
 from sim.policies.admission import maker
@@ -259,8 +260,12 @@ def low_bits_of(setting: ServeSetting) -> int | None:
     return min(copies, default=None)
 
 
-def left_out(setting: ServeSetting) -> dict[str, str]:
-    """Return the rules that cannot run in a setting, each with the reason."""
+def left_out(setting: ServeSetting, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Return the rules that cannot run in a setting, each with the reason; those too slow for it only if not in names.
+
+    Args:
+        names: rules that are asked for by name; None for all.
+    """
     found, low_bits = {}, low_bits_of(setting)
     for name in RULES:
         base, limit = parts_of(name)
@@ -271,6 +276,8 @@ def left_out(setting: ServeSetting) -> dict[str, str]:
             found[name] = f"there are copies at {low_bits} bits, not at {needs}"
         elif limit not in ("", "+queue") and setting.slo.ttft_s is None:
             found[name] = "the SLO has no target for the first token"
+        elif BASES[base].slow and isinstance(setting, ClusterSetting) and name not in (names or ()):
+            found[name] = f"a cluster takes it minutes, so only baselines=[{name}] plays it"
     return found
 
 
@@ -282,7 +289,7 @@ def runnable(setting: ServeSetting, names: Sequence[str] | None = None) -> list[
     """
     for name in names or ():
         parts_of(name)
-    missing = left_out(setting)
+    missing = left_out(setting, names)
     return [name for name in RULES if name not in missing and (names is None or name in names)]
 
 

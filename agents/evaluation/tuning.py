@@ -283,7 +283,7 @@ def tune(
         "loads": list(SHARES),
         "trials": trials,
         "seed": seed,
-        "left_out": {n: reason for n, reason in left_out(setting).items() if names is None or n in names},
+        "left_out": {n: reason for n, reason in left_out(setting, names).items() if names is None or n in names},
         "rules": {name: rules[name] for name in wanted},
     }
 
@@ -344,7 +344,7 @@ def tuned_rules(
     wanted = runnable(setting, names)
     fixed = [name for name in wanted if not any(space_of(setting, name).values())]
     rules: dict[str, Any] = {name: {"policy": rule_config(setting, name, {})} for name in fixed}
-    summary: dict[str, Any] = {"file": "", "left_out": left_out(setting)}
+    summary: dict[str, Any] = {"file": "", "left_out": left_out(setting, names)}
     path = file_for(setting, folder) if len(fixed) < len(wanted) else None
     if path is not None:
         content = read_rules(path)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from agents.baselines.serve import policy_context
+from agents.envs.cluster import ClusterSetting
 from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.evaluate import EvaluateConfig
@@ -135,6 +136,10 @@ def test_a_rule_that_needs_low_precision_is_left_out_with_the_reason_where_there
     assert {"dense+saber", "greedy_stop+wait", "load_ladder+wait", "load_table", "static"} <= set(runnable(NO_LOW))
     assert left_out(SETTING)["int8"] == "there are copies at 4 bits, not at 8"
     assert set(runnable(SETTING)) | set(left_out(SETTING)) == set(RULES)
+    cluster = ClusterSetting(slo="ttft_2s_tpot_100ms", sources=["burst"])
+    assert left_out(cluster)["lookahead"] == "a cluster takes it minutes, so only baselines=[lookahead] plays it"
+    assert "lookahead" not in runnable(cluster)
+    assert runnable(cluster, ["lookahead", "int8"]) == ["lookahead"]
     assert all(plan.weight_bits == (16,) * 32 for plan in _plans_of(NO_LOW, "load_ladder"))
 
 
