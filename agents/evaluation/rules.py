@@ -260,12 +260,8 @@ def low_bits_of(setting: ServeSetting) -> int | None:
     return min(copies, default=None)
 
 
-def left_out(setting: ServeSetting, names: Sequence[str] | None = None) -> dict[str, str]:
-    """Return the rules that cannot run in a setting, each with the reason; those too slow for it only if not in names.
-
-    Args:
-        names: rules that are asked for by name; None for all.
-    """
+def left_out(setting: ServeSetting) -> dict[str, str]:
+    """Return the rules that cannot run in a setting, each with the reason."""
     found, low_bits = {}, low_bits_of(setting)
     for name in RULES:
         base, limit = parts_of(name)
@@ -276,8 +272,6 @@ def left_out(setting: ServeSetting, names: Sequence[str] | None = None) -> dict[
             found[name] = f"there are copies at {low_bits} bits, not at {needs}"
         elif limit not in ("", "+queue") and setting.slo.ttft_s is None:
             found[name] = "the SLO has no target for the first token"
-        elif BASES[base].slow and isinstance(setting, ClusterSetting) and name not in (names or ()):
-            found[name] = f"a cluster takes it minutes, so only baselines=[{name}] plays it"
     return found
 
 
@@ -289,7 +283,7 @@ def runnable(setting: ServeSetting, names: Sequence[str] | None = None) -> list[
     """
     for name in names or ():
         parts_of(name)
-    missing = left_out(setting, names)
+    missing = left_out(setting)
     return [name for name in RULES if name not in missing and (names is None or name in names)]
 
 
@@ -396,7 +390,11 @@ def _keys_of(setting: ServeSetting, base: str, values: dict[str, Any]) -> dict[s
     if base == "lookahead":
         # Half the table: trying a plan costs time, and those between are seldom the best.
         table = {**options, "low_layers": sorted({min(options["low_layers"]), max(options["low_layers"])})}
-        table["runs"] = list(options.get("runs", [None]))[:2]
+        runs, waits = list(options.get("runs", [None])), list(options.get("waits", [None]))
+        table["runs"] = runs[:2]
+        if isinstance(setting, ClusterSetting):  # every replica tries plans; validation clusters chose which
+            table["runs"] = [runs[i] for i in sorted({0, len(runs) // 2})]
+            table["waits"] = waits[:1]
         return values | {"actions": table, "ttft_s": setting.slo.ttft_s or 2.0, "tpot_s": setting.slo.tpot_s}
     if base in ("greedy_stop", "pressure_stop", "memory_ladder", "load_ladder", "load_table"):
         values |= {"order": list(options["order"]), "made_for": None}

@@ -34,6 +34,7 @@ from agents.envs.serve_windows import Window
 from agents.evaluation.rule_tables import Served, best_table, serve_all
 from agents.evaluation.rules import (
     BASES,
+    RULES,
     Choice,
     build_rule,
     check_parameters,
@@ -160,7 +161,12 @@ def games_of(setting: ServeSetting, each: int = 1, games: Sequence[Sequence[Wind
 
 
 def trials_of(setting: ServeSetting, name: str, trials: int, seed: int) -> list[dict[str, dict[str, Any]]]:
-    """Return the parameters to try of a rule: all, if its space holds no more; else its defaults and random ones."""
+    """Return the parameters to try of a rule: all, if its space holds no more; else its defaults and random ones.
+
+    A slow rule in clusters has its defaults alone: a search would take hours.
+    """
+    if isinstance(setting, ClusterSetting) and BASES[parts_of(name)[0]].slow:
+        trials = 1
     space = space_of(setting, name)
     searched = [(part, key, values) for part, keys in space.items() for key, values in keys.items()]
     choices = [values.values for _, _, values in searched if isinstance(values, Choice)]
@@ -283,7 +289,7 @@ def tune(
         "loads": list(SHARES),
         "trials": trials,
         "seed": seed,
-        "left_out": {n: reason for n, reason in left_out(setting, names).items() if names is None or n in names},
+        "left_out": {n: reason for n, reason in left_out(setting).items() if names is None or n in names},
         "rules": {name: rules[name] for name in wanted},
     }
 
@@ -310,6 +316,35 @@ def file_for(setting: ServeSetting, folder: Path = FOLDER) -> Path | None:
     """Return the file of tuned rules that was made for a setting; None if there is none."""
     served = served_of(setting)
     return next((path for path in sorted(folder.glob("*.json")) if read_rules(path).get("served") == served), None)
+
+
+def added_to(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a file of tuned rules with those of another search in place of its own.
+
+    Args:
+        path: the file. content: what ``tune`` returned.
+    Raises:
+        ConfigError: if the file is missing, or was made for another setting or by another search.
+    """
+    before = read_rules(path)
+    plain = json.loads(json.dumps(content))
+    if differing := [key for key in SAME_SEARCH if before.get(key) != plain[key]]:
+        raise ConfigError(
+            f"{path} was made with other {', '.join(differing)}; rules of one file are searched alike, so set "
+            "out=FOLDER to another folder, or tune all of them with add=false"
+        )
+    rules = {**before["rules"], **plain["rules"]}
+    added = {"rules": [*plain["rules"]], **{key: plain["made"][key] for key in ("command", "commit", "seconds")}}
+    return {
+        **before,
+        "left_out": {**before["left_out"], **plain["left_out"]},
+        "rules": {name: rules[name] for name in RULES if name in rules},
+        "added": [*before.get("added", []), added],
+    }
+
+
+SAME_SEARCH = ("task", "served", "windows", "loads", "trials", "seed")
+"""What must be equal of two searches whose rules stand in one file."""
 
 
 def tuned_folder(cfg: DictConfig) -> Path:
@@ -344,7 +379,7 @@ def tuned_rules(
     wanted = runnable(setting, names)
     fixed = [name for name in wanted if not any(space_of(setting, name).values())]
     rules: dict[str, Any] = {name: {"policy": rule_config(setting, name, {})} for name in fixed}
-    summary: dict[str, Any] = {"file": "", "left_out": left_out(setting, names)}
+    summary: dict[str, Any] = {"file": "", "left_out": left_out(setting)}
     path = file_for(setting, folder) if len(fixed) < len(wanted) else None
     if path is not None:
         content = read_rules(path)
@@ -394,7 +429,7 @@ class TuneRulesConfig:
     task: serve or cluster, the latter with env=serve_cluster.
     baselines: rules by name; null for all that can run there. trials: of every rule.
     each: windows for every source, budget and load. seed: of the random parameters. workers: processes.
-    out: folder of the files.
+    out: folder of the files. add: put the rules into the files that are there; false to replace these.
     """
 
     scenarios: list[str] | None = None
@@ -407,6 +442,7 @@ class TuneRulesConfig:
     seed: int = SEED
     workers: int = 2
     out: str = "conf/rules"
+    add: bool = False
 
 
 ConfigStore.instance().store(name="tune_rules_schema", node=TuneRulesConfig)
@@ -443,7 +479,7 @@ def _run(cfg: DictConfig) -> None:
     for label, kwargs in settings_of(cfg).items():
         content = tune(kwargs, task=cfg.task, names=names, **search)
         path = Path(cfg.out) / f"{label}.json"
-        write_json(path, content)
+        write_json(path, added_to(path, content) if cfg.add else content)
         console = Console()
         for name, entry in sorted(content["rules"].items(), key=lambda item: -item[1]["score"]):
             console.print(f"{name:28} {entry['score']:.4f} (defaults {entry['default_score']:.4f})", highlight=False)

@@ -34,6 +34,7 @@ from agents.evaluation.rules import (
 from agents.evaluation.serve import play_window
 from agents.evaluation.tuning import (
     Games,
+    added_to,
     file_for,
     rules_tuned_to,
     served_of,
@@ -136,10 +137,6 @@ def test_a_rule_that_needs_low_precision_is_left_out_with_the_reason_where_there
     assert {"dense+saber", "greedy_stop+wait", "load_ladder+wait", "load_table", "static"} <= set(runnable(NO_LOW))
     assert left_out(SETTING)["int8"] == "there are copies at 4 bits, not at 8"
     assert set(runnable(SETTING)) | set(left_out(SETTING)) == set(RULES)
-    cluster = ClusterSetting(slo="ttft_2s_tpot_100ms", sources=["burst"])
-    assert left_out(cluster)["lookahead"] == "a cluster takes it minutes, so only baselines=[lookahead] plays it"
-    assert "lookahead" not in runnable(cluster)
-    assert runnable(cluster, ["lookahead", "int8"]) == ["lookahead"]
     assert all(plan.weight_bits == (16,) * 32 for plan in _plans_of(NO_LOW, "load_ladder"))
 
 
@@ -301,6 +298,34 @@ def test_a_file_without_parameters_is_refused_and_one_that_does_not_say_how_it_w
     write_json(path, content)
     with pytest.raises(ConfigError, match=r"mine\.json has no parameters of dense\+wait; python -m agents.tune_rules"):
         tuned_rules(SETTING, ["dense+wait"], tmp_path)
+
+
+def test_rules_are_added_to_a_file_of_the_same_search_alone(tmp_path: Path) -> None:
+    search: Any = {"trials": 2, "each": 1}
+    path = tmp_path / "mine.json"
+    kwargs = {"sources": ["gamma"]}
+    first = tune(kwargs, names=["dense"], **search)
+    with pytest.raises(ConfigError, match=r"mine\.json holds no tuned rules"):
+        added_to(path, first)
+    write_json(path, first)
+    second = tune(kwargs, names=["int4"], **search)
+    content = added_to(path, second)
+    assert [*content["rules"]] == ["dense", "int4"]
+    assert content["rules"] == {**first["rules"], **second["rules"]}
+    assert (content["made"], content["added"][0]["rules"]) == (first["made"], ["int4"])
+    write_json(path, content)
+    assert [each["rules"] for each in added_to(path, first)["added"]] == [["int4"], ["dense"]]
+    with pytest.raises(ConfigError, match=r"mine\.json was made with other windows, trials; .* add=false"):
+        added_to(path, tune(kwargs, names=["int4"], trials=3, each=2))
+
+
+def test_in_clusters_a_slow_rule_has_its_defaults_alone_and_tries_fewer_limits() -> None:
+    limits = {"waits": [1.0, 1.5], "runs": [None, 48, 28, 16, 9, 5]}
+    cluster = ClusterSetting(actions={**DEFAULT_ACTIONS, **limits}, slo="ttft_2s_tpot_100ms")
+    assert trials_of(cluster, "lookahead", 12, 0) == [default_parameters(cluster, "lookahead")]
+    assert len(trials_of(SETTING, "lookahead", 12, 0)) == 12
+    tried = rule_config(cluster, "lookahead", {})["actions"]
+    assert (tried["waits"], tried["runs"]) == ([1.0], [None, 16])
 
 
 @pytest.mark.slow
