@@ -99,7 +99,7 @@ class EvaluateConfig:
     cluster_learned: dict[str, Any] = field(default_factory=dict)
     cluster_curves: dict[str, Any] = field(default_factory=dict)
     cluster_sources: list[str] | None = None
-    cluster_each: int = 2
+    cluster_each: int = 1
     cluster_claim: str = "docs/results/agents/cluster_claim.json"
     cluster_compared: str = "learned_cluster"
     roles_learned: dict[str, Any] = field(default_factory=dict)

@@ -10,20 +10,15 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from agents.envs.serve_sources import sources_with
 from agents.evaluation.ablation import SERVE_GROUPS, ablation_markdown, shuffled_windows
 from agents.evaluation.evaluate import EvaluateConfig
-from agents.evaluation.measure import measure_cluster
+from agents.evaluation.measure_cluster import measure_cluster
 from agents.evaluation.measure_serve import measure_serve
 from agents.training.validation import pool_windows, serve
 from sim.errors import ConfigError
 from sim.policies.learned import SHIPPED, read_learned
 from sim.results.run_folder import write_parquet
 from tests.sim.pages.test_render import cells
-
-needs_azure = pytest.mark.skipif(
-    "azure_code" not in sources_with("train")[0], reason="needs published traces: set RAP_LAB_DATA"
-)
 
 
 def test_a_policy_loses_utility_if_the_entry_that_it_needs_most_comes_from_another_window() -> None:
@@ -48,11 +43,10 @@ def test_a_policy_loses_utility_if_the_entry_that_it_needs_most_comes_from_anoth
     assert ["nothing", f"{unchanged:.4f}", "0.0 %", "0.0 %", "0.0 %"] in cells(ablation_markdown(two, "windows"))
 
 
-@pytest.mark.parametrize(
-    ("measure", "name"), [(measure_serve, "serve"), pytest.param(measure_cluster, "cluster", marks=needs_azure)]
-)
+@pytest.mark.parametrize(("measure", "name"), [(measure_serve, "serve"), (measure_cluster, "cluster")])
 def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str, tmp_path: Path) -> None:
-    few = {"scenarios": ["roomy/published"], "serve_sources": ["gamma"], "serve_windows": 1, "cluster_each": 1}
+    few = {"scenarios": ["roomy/published"], "serve_sources": ["gamma"], "serve_windows": 1}
+    few |= {"cluster_sources": ["gamma"], "cluster_each": 1}
     cfg = OmegaConf.structured(EvaluateConfig(claim="none", baselines=["dense", "int4"], **few))
     measure(cfg, tmp_path)
     path = tmp_path / f"{name}.parquet"
