@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from agents.evaluation.serve_report import SPECS, against, gaps, table_row
+from agents.evaluation.serve_report import REFERENCE, SPECS, against, gaps, shown_policies, table_row
 from agents.evaluation.tables import (
     by_kind,
     plot_by_source,
@@ -23,19 +24,20 @@ from agents.evaluation.tables import (
 from sim.pages.render import commit_of, table
 from sim.results.plots import figure_file
 
-REFERENCE = "load_table+saber"
 ORACLES = ("oracle_static",)
 COMPARED = ("dense", "static+saber", "greedy_stop+saber", "precision+saber", "load_table+saber")
 """Rules shown next to learned policies behind other routers."""
 
 
-def cluster_table_markdown(frame: pd.DataFrame) -> str:
-    """Return the main table: every policy over all clusters and seeds."""
+def cluster_table_markdown(frame: pd.DataFrame, compared: str = "learned_cluster") -> str:
+    """Return the main table: every policy over all clusters and seeds, next to one of them; without it, to dense."""
+    names = policies_of(frame, ORACLES)
+    reference = compared if compared in names else REFERENCE
     busiest = frame.groupby("policy")["busiest_share"].mean()
     rows = [
         {("plan changes per replica" if key == "plan changes" else key): value for key, value in figures.items()}
         | {"busiest replica": busiest[figures["policy"]]}
-        for figures in (table_row(frame, name, REFERENCE) for name in policies_of(frame, ORACLES))
+        for figures in (table_row(frame, name, reference) for name in names)
     ]
     return table(rows, SPECS | {"plan changes per replica": ".1f", "busiest replica": ".1%"})
 
@@ -68,15 +70,13 @@ def cluster_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
     return found
 
 
-def cluster_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None) -> None:
-    """Write cluster.png: how far every policy is from the reference, by trace, and training curves."""
-    names = [name for name in policies_of(frame, ORACLES) if name != REFERENCE]
-    with figure_file(folder / "cluster.png", 1, 2, size=(11, 5.5), width_ratios=(3, 2)) as (figure, (left, right)):
-        left.axvline(0.0, color="black", linewidth=0.8)
-        plot_by_source(left, frame, names, minus=REFERENCE)
-        left.set(xlabel=f"utility minus that of {REFERENCE}, held-out clusters")
+def cluster_figure(folder: Path, frame: pd.DataFrame, names: Sequence[str], curves: pd.DataFrame | None) -> None:
+    """Write cluster.png: the utility of some policies by trace, and training curves."""
+    with figure_file(folder / "cluster.png", 1, 2, size=(12, 5.5), width_ratios=(3, 2)) as (figure, (left, right)):
+        plot_by_source(left, frame, names)
+        left.set(xlabel="utility in held-out clusters")
         plot_training(right, curves, "replica ticks")
-        figure.legend(loc="outside lower center", ncols=6)
+        figure.legend(loc="outside lower center", ncols=5)
 
 
 def cluster_context(folder: Path) -> dict[str, Any] | None:
@@ -86,7 +86,9 @@ def cluster_context(folder: Path) -> dict[str, Any] | None:
     frame = pd.read_parquet(folder / "cluster.parquet")
     made: dict[str, Any] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
     curves, routers = (read_if_there(folder / f"cluster_{name}.parquet") for name in ("training", "routers"))
-    cluster_figure(folder, frame, curves)
+    oracles = [name for name in policies_of(frame, ORACLES) if name in ORACLES]
+    shown = [*shown_policies(frame, made["compared"]), *oracles]
+    cluster_figure(folder, frame, shown, curves)
     found = cluster_verdict(frame, made["compared"])
     kinds = {"source": "", "load": "load ", "pressed": "pressed "}
     return {
@@ -94,10 +96,10 @@ def cluster_context(folder: Path) -> dict[str, Any] | None:
         "commit": commit_of(made),
         "clusters": frame["window"].nunique(),
         "policies": set(frame["policy"].unique()),
-        "table": cluster_table_markdown(frame),
+        "table": cluster_table_markdown(frame, made["compared"]),
         "verdict": found,
         "pairs": table(found["pairs"], left=2) if found.get("pairs") else "",
-        "by_kind": by_kind(frame, policies_of(frame, ORACLES), kinds),
+        "by_kind": by_kind(frame, shown, kinds),
         "routers": "" if routers is None else by_kind(routers, policies_of(routers, ORACLES), {"router": ""}),
         "seconds": seconds_of(made),
         "training": "" if curves is None else training_table(curves),

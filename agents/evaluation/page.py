@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agents.evaluation import cluster_report, prune_report
+from agents.evaluation import prune_report
 from agents.evaluation.choose import write_choices
 from agents.evaluation.cluster_report import cluster_context
 from agents.evaluation.prune_report import prune_context
@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "index.md.j2"
 NEEDED = {
     "prune": ("dense", prune_report.REFERENCE, "knapsack", "oracle"),
     "serve": ("dense",),
-    "cluster": ("dense", cluster_report.REFERENCE),
+    "cluster": ("dense",),
     "roles": ("by_load",),
 }
 """The policies that each section of the page compares others with."""
