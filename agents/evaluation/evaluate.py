@@ -75,8 +75,8 @@ class EvaluateConfig:
         (``agents.evaluation.measure_cluster``).
     roles_learned: name -> glob of exported policies of ServeRoles. roles_each: episodes of each traffic. roles_claim,
         roles_compared: like claim and compared, for ServeRoles (``agents.evaluation.measure_roles``).
-    only: policies to play again: rules or learned ones in prune, serve and roles, learned ones in cluster. The rows of
-        all other policies stay; in prune, their plans get the losses of the present quality.
+    only: policies to play again: rules or learned ones. The rows of all other policies stay; in prune, their plans get
+        the losses of the present quality.
     out: folder of the result files. The published page is docs/results/agents.
     """
 
