@@ -253,6 +253,7 @@ def tune(
     each: int = 1,
     seed: int = SEED,
     workers: int = 1,
+    file: Path | None = None,
 ) -> dict[str, Any]:
     """Return the tuned rules of a setting, the content of a file of conf/rules.
 
@@ -261,23 +262,14 @@ def tune(
         names: rules; None for all that can run there.
         trials: of every rule. each: windows for every source, budget and load. seed: of the random parameters.
         workers: processes; the result does not depend on it.
+        file: of an earlier search for the same setting, whose other rules the content keeps; None for none.
     Raises:
-        ConfigError: for an unknown rule, with the nearest name.
+        ConfigError: for an unknown rule, with the nearest name, or a file that was made otherwise.
     """
     started_s = time.perf_counter()
     setting = SETTINGS[task](**kwargs)
     wanted, games = runnable(setting, names), games_of(setting, each)
-    if workers < 2:
-        rules = tune_all(games, wanted, trials, seed)
-    else:
-        slow_first = sorted(wanted, key=lambda name: not BASES[parts_of(name)[0]].slow)
-        texts = json.dumps(dict(kwargs)), json.dumps([[asdict(window) for window in game] for game in games.games])
-        jobs = [(task, *texts, name, trials, seed) for name in slow_first]
-        with progress("tuning rules", len(jobs), "rules") as report:
-            tuned = counted(in_processes(_job, jobs, min(workers, len(jobs) or 1)), report)
-        rules = dict(zip(slow_first, tuned, strict=True))
-    return {
-        "made": {**provenance(seed), "seconds": round(time.perf_counter() - started_s, 1), "workers": workers},
+    searched = {
         "task": task,
         "served": served_of(setting),
         "windows": {
@@ -289,8 +281,49 @@ def tune(
         "loads": list(SHARES),
         "trials": trials,
         "seed": seed,
-        "left_out": {n: reason for n, reason in left_out(setting).items() if names is None or n in names},
-        "rules": {name: rules[name] for name in wanted},
+    }
+    before = None if file is None else _searched_alike(file, searched)
+    if workers < 2:
+        rules = tune_all(games, wanted, trials, seed)
+    else:
+        slow_first = sorted(wanted, key=lambda name: not BASES[parts_of(name)[0]].slow)
+        texts = json.dumps(dict(kwargs)), json.dumps([[asdict(window) for window in game] for game in games.games])
+        jobs = [(task, *texts, name, trials, seed) for name in slow_first]
+        with progress("tuning rules", len(jobs), "rules") as report:
+            tuned = counted(in_processes(_job, jobs, min(workers, len(jobs) or 1)), report)
+        rules = dict(zip(slow_first, tuned, strict=True))
+    made = {**provenance(seed), "seconds": round(time.perf_counter() - started_s, 1), "workers": workers}
+    missing = {n: reason for n, reason in left_out(setting).items() if names is None or n in names}
+    content = {"made": made, **searched, "left_out": missing, "rules": {name: rules[name] for name in wanted}}
+    return content if before is None else _added(before, content)
+
+
+def _searched_alike(file: Path, searched: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a file of tuned rules.
+
+    Raises:
+        ConfigError: if the file is missing, or was made for another setting or by another search.
+    """
+    before = read_rules(file)
+    plain = json.loads(json.dumps(searched))
+    if differing := [key for key in plain if before.get(key) != plain[key]]:
+        raise ConfigError(
+            f"{file} was made with other {', '.join(differing)}; rules of one file are searched alike, so set "
+            "out=FOLDER to another folder, or tune all of them with add=false"
+        )
+    return before
+
+
+def _added(before: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of an earlier search with the rules of another one in place of its own."""
+    rules = {**before["rules"], **content["rules"]}
+    made = content["made"]
+    added = {"rules": [*content["rules"]], **{key: made.get(key) for key in ("command", "commit", "seconds")}}
+    return {
+        **before,
+        "left_out": {**before.get("left_out", {}), **content["left_out"]},
+        "rules": {name: rules[name] for name in RULES if name in rules},
+        "added": [*before.get("added", []), added],
     }
 
 
@@ -316,35 +349,6 @@ def file_for(setting: ServeSetting, folder: Path = FOLDER) -> Path | None:
     """Return the file of tuned rules that was made for a setting; None if there is none."""
     served = served_of(setting)
     return next((path for path in sorted(folder.glob("*.json")) if read_rules(path).get("served") == served), None)
-
-
-def added_to(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file of tuned rules with those of another search in place of its own.
-
-    Args:
-        path: the file. content: what ``tune`` returned.
-    Raises:
-        ConfigError: if the file is missing, or was made for another setting or by another search.
-    """
-    before = read_rules(path)
-    plain = json.loads(json.dumps(content))
-    if differing := [key for key in SAME_SEARCH if before.get(key) != plain[key]]:
-        raise ConfigError(
-            f"{path} was made with other {', '.join(differing)}; rules of one file are searched alike, so set "
-            "out=FOLDER to another folder, or tune all of them with add=false"
-        )
-    rules = {**before["rules"], **plain["rules"]}
-    added = {"rules": [*plain["rules"]], **{key: plain["made"][key] for key in ("command", "commit", "seconds")}}
-    return {
-        **before,
-        "left_out": {**before["left_out"], **plain["left_out"]},
-        "rules": {name: rules[name] for name in RULES if name in rules},
-        "added": [*before.get("added", []), added],
-    }
-
-
-SAME_SEARCH = ("task", "served", "windows", "loads", "trials", "seed")
-"""What must be equal of two searches whose rules stand in one file."""
 
 
 def tuned_folder(cfg: DictConfig) -> Path:
@@ -477,9 +481,9 @@ def _run(cfg: DictConfig) -> None:
     names = None if cfg.baselines is None else list(cfg.baselines)
     search = {key: int(cfg[key]) for key in ("trials", "each", "seed", "workers")}
     for label, kwargs in settings_of(cfg).items():
-        content = tune(kwargs, task=cfg.task, names=names, **search)
         path = Path(cfg.out) / f"{label}.json"
-        write_json(path, added_to(path, content) if cfg.add else content)
+        content = tune(kwargs, task=cfg.task, names=names, **search, file=path if cfg.add else None)
+        write_json(path, content)
         console = Console()
         for name, entry in sorted(content["rules"].items(), key=lambda item: -item[1]["score"]):
             console.print(f"{name:28} {entry['score']:.4f} (defaults {entry['default_score']:.4f})", highlight=False)

@@ -34,7 +34,6 @@ from agents.evaluation.rules import (
 from agents.evaluation.serve import play_window
 from agents.evaluation.tuning import (
     Games,
-    added_to,
     file_for,
     rules_tuned_to,
     served_of,
@@ -300,23 +299,22 @@ def test_a_file_without_parameters_is_refused_and_one_that_does_not_say_how_it_w
         tuned_rules(SETTING, ["dense+wait"], tmp_path)
 
 
-def test_rules_are_added_to_a_file_of_the_same_search_alone(tmp_path: Path) -> None:
-    search: Any = {"trials": 2, "each": 1}
-    path = tmp_path / "mine.json"
-    kwargs = {"sources": ["gamma"]}
-    first = tune(kwargs, names=["dense"], **search)
+def test_rules_are_added_to_a_file_of_the_same_search_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kwargs = tmp_path / "mine.json", {"sources": ["gamma"]}
     with pytest.raises(ConfigError, match=r"mine\.json holds no tuned rules"):
-        added_to(path, first)
+        tune(kwargs, names=["dense"], file=path)
+    first = tune(kwargs, names=["dense"])
     write_json(path, first)
-    second = tune(kwargs, names=["int4"], **search)
-    content = added_to(path, second)
+    content = tune(kwargs, names=["int4"], file=path)
     assert [*content["rules"]] == ["dense", "int4"]
-    assert content["rules"] == {**first["rules"], **second["rules"]}
+    assert content["rules"]["dense"] == first["rules"]["dense"]
+    assert content["rules"]["int4"] == tune(kwargs, names=["int4"])["rules"]["int4"]
     assert (content["made"], content["added"][0]["rules"]) == (first["made"], ["int4"])
     write_json(path, content)
-    assert [each["rules"] for each in added_to(path, first)["added"]] == [["int4"], ["dense"]]
+    assert [each["rules"] for each in tune(kwargs, names=["dense"], file=path)["added"]] == [["int4"], ["dense"]]
+    monkeypatch.setattr("agents.evaluation.tuning.tune_rule", None)  # an error comes before the search
     with pytest.raises(ConfigError, match=r"mine\.json was made with other windows, trials; .* add=false"):
-        added_to(path, tune(kwargs, names=["int4"], trials=3, each=2))
+        tune(kwargs, names=["int4"], trials=3, each=2, file=path)
 
 
 def test_in_clusters_a_slow_rule_has_its_defaults_alone_and_tries_fewer_limits() -> None:
