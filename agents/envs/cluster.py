@@ -67,7 +67,7 @@ CLUSTER_ACTIONS: Mapping[str, Any] = {
     "admits": [None, 4, 8, 16],
     "dwell_s": 8.0,
 }
-"""The table of plans without another one."""
+"""The default table of plans."""
 
 
 class ClusterSetting(ServeSetting):
@@ -85,7 +85,7 @@ class ClusterSetting(ServeSetting):
         """Set the cluster and its traffic.
 
         Args:
-            replicas: servers in a cluster, equal except for their budgets.
+            replicas: servers in a cluster, equal except for what their windows say: budget, speed, low precision.
             router: one of ``ROUTERS``.
             own_share: weight in [0, 1] of a replica's own requests in its reward in ``ServeReplicas``. 0 pays each
                 replica the cluster's reward; 1 adds how much more its own requests earned than the cluster's average
@@ -150,7 +150,7 @@ class ClusterSetting(ServeSetting):
         *,
         decide: bool = True,
     ) -> Cluster:
-        """Return a cluster in which replica i has the budget of window i.
+        """Return a cluster in which replica i has the server and budget of window i.
 
         Args:
             windows, policies: one each for every replica.

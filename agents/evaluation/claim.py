@@ -170,7 +170,7 @@ def check_stated(file: str, now: Mapping[str, Any], results: Path, command: str,
             f"this and commit it: {command}"
         )
     if not only:
-        check_unchanged_since(made_in)
+        check_unchanged_since(made_in, command)
     found = {**content, "file": str(file), "sha256": file_sha256(path), "claim_commit": made_in}
     _check_not_played(results, found, again=only)
     return found
@@ -189,11 +189,11 @@ def claim_commits(path: Path, command: str = "python -m agents.claim") -> list[s
         )
     commits = _git("log", "--format=%H", "--", str(path)).split()
     if not commits or _git("status", "--porcelain", "--", str(path)):
-        raise ConfigError(f"{path} is not committed as it is; commit it before the test windows are played")
+        raise ConfigError(f"{path} is not committed as it is; commit it before it is played")
     return commits
 
 
-def check_unchanged_since(commit: str) -> None:
+def check_unchanged_since(commit: str, command: str = "python -m agents.claim") -> None:
     """Check that no code and no configuration changed since a claim.
 
     Raises:
@@ -202,7 +202,7 @@ def check_unchanged_since(commit: str) -> None:
     if changed := _git("diff", "--name-only", commit, "--", *(f":/{folder}" for folder in PLAYED_BY)):
         raise ConfigError(
             f"{changed.split()[0]} changed since the claim {commit[:12]}; play the claim as it was made, or claim "
-            "again: python -m agents.claim"
+            f"again: {command}"
         )
 
 

@@ -43,7 +43,7 @@ def cluster_table_markdown(frame: pd.DataFrame, compared: str = "learned_cluster
 
 
 def cluster_verdict(frame: pd.DataFrame, compared: str) -> dict[str, Any]:
-    """Return how a policy stands against rules, and what training in clusters added.
+    """Return how a policy stands against rules, and against other learned policies.
 
     Args:
         frame: one row per policy, seed and cluster. compared: the policy.

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.evaluation.chosen import allow_new_names, present, replaced
 from agents.evaluation.claim import claim_path, claimed
-from agents.evaluation.evaluate import EvaluateConfig
+from agents.evaluation.evaluate import TASKS, EvaluateConfig
 from agents.evaluation.measure_cluster import write_cluster_claim
 from agents.evaluation.measure_roles import write_roles_claim
 from agents.evaluation.measure_serve import what_is_played
@@ -49,7 +49,10 @@ WRITERS: Mapping[str, Callable[[DictConfig], Path]] = {
 def _run(cfg: DictConfig) -> None:
     default: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "evaluate.yaml"), resolve=False)
     cfg = replaced(cfg, HydraConfig.get().overrides.task)
-    task = cfg.tasks[0] if list(cfg.tasks) in (["roles"], ["cluster"]) else "serve"
+    tasks = list(cfg.tasks)
+    if tasks != list(TASKS) and (len(tasks) != 1 or tasks[0] not in WRITERS):
+        raise ConfigError(f"tasks is {tasks}; a claim is for one of {', '.join(WRITERS)}, such as 'tasks=[cluster]'")
+    task = "serve" if tasks == list(TASKS) else tasks[0]
     cfg.tasks = [task]
     cfg, notes = present(cfg, default)
     for note in notes:

@@ -150,6 +150,12 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     split: Split = "validation" if cfg.claim == "none" else "test"
     before = read_summary(folder / "cluster.json", cfg) if cfg.only else None
     played = clusters_played(cfg, split, None if before is None else before["tuned"])
+    clusters = clusters_claimed(cfg, played)["clusters"]
+    if before is not None and (before["split"], before.get("clusters", clusters)) != (split, clusters):
+        raise ConfigError(
+            f"{folder} has results of other clusters (split {before['split']}); play them again with the claim, "
+            "cluster_sources and cluster_each of these, or set out=FOLDER to another folder"
+        )
     summary = provenance(0) if before is None else before
     learned: dict[str, Sequence[Build]] = {
         name: learned_cluster_policies(files) for name, files in played.files.items()
@@ -183,6 +189,7 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     about = {name: [read_about(path) for path in paths] for name, paths in played.files.items() if name in policies}
     stated = {
         "split": split,
+        "clusters": clusters,
         "compared": cfg.cluster_compared,
         "replicas": played.setting.replicas,
         "router": environment(split)["router"],

@@ -392,7 +392,7 @@ def _keys_of(setting: ServeSetting, base: str, values: dict[str, Any]) -> dict[s
         table = {**options, "low_layers": sorted({min(options["low_layers"]), max(options["low_layers"])})}
         runs, waits = list(options.get("runs", [None])), list(options.get("waits", [None]))
         table["runs"] = runs[:2]
-        if isinstance(setting, ClusterSetting):  # every replica tries plans: fewer, no worse on validation clusters
+        if isinstance(setting, ClusterSetting):  # every replica tries plans, so try fewer
             table["runs"] = [runs[i] for i in sorted({0, len(runs) // 2})]
             table["waits"] = waits[:1]
         return values | {"actions": table, "ttft_s": setting.slo.ttft_s or 2.0, "tpot_s": setting.slo.tpot_s}

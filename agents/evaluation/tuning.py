@@ -317,11 +317,12 @@ def _searched_alike(file: Path, searched: Mapping[str, Any]) -> dict[str, Any]:
 def _added(before: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of an earlier search with the rules of another one in place of its own."""
     rules = {**before["rules"], **content["rules"]}
+    missing = {**before.get("left_out", {}), **content["left_out"]}
     made = content["made"]
     added = {"rules": [*content["rules"]], **{key: made.get(key) for key in ("command", "commit", "seconds")}}
     return {
         **before,
-        "left_out": {**before.get("left_out", {}), **content["left_out"]},
+        "left_out": {name: reason for name, reason in missing.items() if name not in rules},
         "rules": {name: rules[name] for name in RULES if name in rules},
         "added": [*before.get("added", []), added],
     }

@@ -1,6 +1,6 @@
 """What a training starts from: what a solver, a teacher or one fixed plan would do, or the network of a policy.
 
-Of the first three there are observations with target action probabilities.
+The first three give observations with target action probabilities.
 
 A solver returns a set of blocks, not an order. Every block of the set that is still kept is an equally good action, so
 the target is uniform over them.
@@ -159,5 +159,6 @@ def starting_policy(path: str, member: int | None) -> tuple[Learned, Network]:
             f"{count - 1}, or runs/train/LABEL/seed_N/best/policy.json"
         )
     if member is not None and not 0 <= member < count:
-        raise ConfigError(f"imitate.member is {member}, but {path} has {count} networks, of which the first is 0")
+        networks, last = ("1 network", "") if count == 1 else (f"{count} networks", f" to {count - 1}")
+        raise ConfigError(f"imitate.member is {member}, but {path} has {networks}; set imitate.member=0{last}")
     return learned, learned.network.member(member or 0)

@@ -91,9 +91,8 @@ def interrupts_held_back() -> Iterator[None]:
         came.append(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    answered = {
-        number: handler for number, handler in before.items() if callable(handler)
-    }  # others are ignored, or end
+    # A signal that is ignored, or ends the process at once, keeps doing so.
+    answered = {number: handler for number, handler in before.items() if callable(handler)}
     try:
         for number in answered:
             signal.signal(number, hold)

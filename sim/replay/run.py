@@ -334,7 +334,7 @@ def run_replay(
     title = f"{label}: {len(trace):,} requests on {name_of(cfg.model)}, {build(cfg.gpu).title}"
     made_by = {**provenance(cfg.seed), "trace": about(trace)}
     begin_run(folder, cfg, made_by)
-    interrupted, seen = False, Watched(policy)
+    interrupted, seen, late = False, Watched(policy), False
     try:
         with progress("replaying", len(trace), "requests") as report, cpu_clock() as cpu_s:
 
@@ -345,12 +345,18 @@ def run_replay(
             replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen, on_progress, progress_s)
     except KeyboardInterrupt:
         interrupted = True
-    with interrupts_held_back():
-        records, iterations = engine.records(), engine.iterations()
-        summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s(), front_end=front_end)
-        summary["interrupted"] = interrupted
+    summary: dict[str, Any] = {}
+    try:
+        with interrupts_held_back():
+            records, iterations = engine.records(), engine.iterations()
+            summary = figures(engine, slo, not_arrived=len(trace) - len(records), cpu_s=cpu_s(), front_end=front_end)
+            summary["interrupted"] = interrupted
+    except KeyboardInterrupt:
+        if not summary:  # a second one, which does not wait
+            raise
+        late = True
     with contextlib.suppress(KeyboardInterrupt):  # the replay itself is complete
-        summary |= {} if interrupted else measured_rate(cfg, trace, summary, policy)
+        summary |= {} if interrupted or late else measured_rate(cfg, trace, summary, policy)
     with interrupts_held_back():
         summary |= quality_figures(cfg, seen.plans, iterations)
         if note:
@@ -380,4 +386,6 @@ def run_replay(
             console.print(f"files: {folder}", highlight=False, soft_wrap=True)
     if interrupted:
         sys.exit(130)
+    if late:
+        raise KeyboardInterrupt
     return summary

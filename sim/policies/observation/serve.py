@@ -423,7 +423,7 @@ SERVER_ENTRIES = (
     Entry("level_low", "share", 0.0, 1.0, "how far along the layers at low precision"),
     Entry("level_admit", "share", 0.0, 1.0, "how far along the admission limits"),
 )
-"""What a server observes of itself; the policies of ``ServeCluster`` read these too."""
+"""What a server observes of itself; the first entries of every policy that serves."""
 SERVE_ENTRIES = (
     *SERVER_ENTRIES,
     Entry("slowdown", "log2(measured / calibrated) / 2", -1.0, 1.0, "time of iterations, over sixty seconds"),

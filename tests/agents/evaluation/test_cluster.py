@@ -107,6 +107,15 @@ def test_the_test_clusters_are_played_once_for_a_committed_claim_that_fits(check
     assert frame.groupby("policy").size().to_dict() == dict.fromkeys(["dense", "int4", "learned_cluster"], 3)
     with pytest.raises(ConfigError, match="which is played once"):
         measure_cluster.measure_cluster(cfg, out)
+    with pytest.raises(ConfigError, match=r"has results of other clusters \(split test\)"):
+        measure_cluster.measure_cluster(configuration(checkout, "only=[dense]", "claim=none"), out)
+    for folder in ("agents", "conf", "sim"):
+        (checkout / folder).mkdir()
+        (checkout / folder / "new.py").write_text("")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-q", "-m", "change")
+    with pytest.raises(ConfigError, match=r"agents/new\.py changed .* claim again: .* 'tasks=\[cluster\]'"):
+        measure_cluster.measure_cluster(cfg, checkout / "elsewhere")
 
 
 def test_validation_clusters_need_no_claim_and_are_others_than_the_test_clusters(checkout: Path) -> None:

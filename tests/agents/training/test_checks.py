@@ -115,7 +115,7 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
         (["experiment=ppo_cluster", BURST, "imitate.member=null"], "averages 10 networks; .* imitate.member=0 to 9"),
         (
             ["experiment=ppo_cluster", BURST, "seed=10"],
-            "imitate.member is 10, but .* has 10 networks",
+            "imitate.member is 10, but .* has 10 networks; set imitate.member=0 to 9",
         ),
         (["experiment=ppo_cluster", BURST, "imitate.member=-1"], "imitate.member is -1; it must be the number"),
         (["experiment=ppo_serve", "+env.kwargs.foresight=true"], "set algorithm.foresight=true in its place"),

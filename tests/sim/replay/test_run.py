@@ -206,15 +206,15 @@ def test_ctrl_c_and_sigterm_keep_what_there_is_and_say_so(number: signal.Signals
     assert summary["requests"] == len(frame) < summary["requests"] + summary["not_arrived"]
 
 
-@pytest.mark.parametrize("at", ["write_begun", "write_tables", "print_summary"])
+@pytest.mark.parametrize("at", ["figures", "write_begun", "write_tables", "print_summary"])
 def test_an_interrupt_while_results_are_written_loses_none(
     at: str, tmp_path: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = getattr(replay_run, at)
 
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **more: object) -> object:
         signal.raise_signal(signal.SIGTERM)
-        written(*arguments)
+        return written(*arguments, **more)
 
     monkeypatch.setattr(replay_run, at, interrupted)
     done = run_here(*QUICK, "hydra.run.dir=kept", cwd=tmp_path)
