@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import hydra
 import numpy as np
+import pytest
 from gymnasium.utils.env_checker import check_env
 from omegaconf import DictConfig
 from safetensors.numpy import save_file
@@ -23,6 +26,7 @@ from agents.training.train import build_algorithm, current_network, environment_
 from agents.training.validation import validation_utilities
 from sim.config import CONF_DIR, build
 from sim.cost.model_spec import load_model
+from sim.errors import ConfigError
 from sim.paths import REPOSITORY
 
 SMALL_MODEL = load_model("smollm2_135m")
@@ -121,3 +125,33 @@ def write_roles_policy(folder: Path, setting: RolesSetting, at: np.ndarray[Any, 
     save_file({"0.weight": weight, "0.bias": bias.astype(np.float32)}, folder / "p.safetensors")
     (folder / "p.json").write_text(json.dumps(about))
     return folder / "p.json"
+
+
+def git(folder: Path, *arguments: str) -> None:
+    """Run a command of git in a folder."""
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def begin_checkout(folder: Path) -> None:
+    """Make a folder a git checkout with one empty commit."""
+    git(folder, "init", "-q")
+    git(folder, "config", "user.email", "a@b.c")
+    git(folder, "config", "user.name", "A")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "begin")
+
+
+def commit_claim(folder: Path, named: str, play: Callable[[], None], write: Callable[[], Path]) -> Path:
+    """Write and commit a claim; return its path. Check that nothing is played before it is written and committed.
+
+    Args:
+        folder: the checkout. named: what the error of a missing claim names of its command.
+        play: plays what the claim is for. write: writes it.
+    """
+    with pytest.raises(ConfigError, match=rf"there is no claim .*agents\.claim {re.escape(named)}"):
+        play()
+    path = write()
+    with pytest.raises(ConfigError, match="not committed as it is"):
+        play()
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "claim")
+    return path

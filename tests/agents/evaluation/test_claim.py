@@ -19,7 +19,7 @@ from agents.evaluation.measure_serve import Played, measure_serve, what_is_playe
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
 from sim.results.run_folder import write_json
-from tests.agents.helpers import composed
+from tests.agents.helpers import begin_checkout, composed, git
 
 POLICY = CONF_DIR / "policy" / "learned_replica_llama2.json"
 
@@ -27,19 +27,9 @@ POLICY = CONF_DIR / "policy" / "learned_replica_llama2.json"
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git checkout for claims, in place of the project's."""
-    for arguments in (
-        ["init", "-q"],
-        ["config", "user.email", "a@b.c"],
-        ["config", "user.name", "A"],
-        ["commit", "-q", "--allow-empty", "-m", "begin"],
-    ):
-        git(tmp_path, *arguments)
+    begin_checkout(tmp_path)
     monkeypatch.setattr(claims, "REPOSITORY", tmp_path)
     return tmp_path
-
-
-def git(folder: Path, *arguments: str) -> None:
-    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
 
 
 def configuration(*more: str) -> DictConfig:

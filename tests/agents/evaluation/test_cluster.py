@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from agents.evaluation.chosen import named, replaced
 from agents.evaluation.cluster import evaluate_cluster
 from agents.evaluation.evaluate import EvaluateConfig  # noqa: F401 - registers the schema of conf/evaluate.yaml
 from sim.errors import ConfigError
-from tests.agents.helpers import composed, write_linear_policy
+from tests.agents.helpers import begin_checkout, commit_claim, composed, git, write_linear_policy
 
 SETTING = ClusterSetting(replicas=2, actions={**CLUSTER_ACTIONS, "drops": [0, 8], "admits": [None, 8]})
 CLUSTERS = [
@@ -58,10 +57,7 @@ def small(split: Split) -> dict[str, Any]:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git checkout for claims, in place of the project's, with a policy of small clusters."""
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "config", "user.email", "a@b.c")
-    git(tmp_path, "config", "user.name", "A")
-    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "begin")
+    begin_checkout(tmp_path)
     for module in (claims, measure_cluster):
         monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     monkeypatch.setattr(measure_cluster, "environment", small)
@@ -69,10 +65,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     weight = np.random.default_rng(0).normal(size=(len(setting.table.actions), setting.table.features))
     write_linear_policy(tmp_path, "ServeCluster", setting, weight.astype("float32"), np.zeros(len(weight), "float32"))
     return tmp_path
-
-
-def git(folder: Path, *arguments: str) -> None:
-    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
 
 
 def configuration(folder: Path, *more: str) -> DictConfig:
@@ -84,13 +76,12 @@ def configuration(folder: Path, *more: str) -> DictConfig:
 
 def test_the_test_clusters_are_played_once_for_a_committed_claim_that_fits(checkout: Path) -> None:
     cfg, out = configuration(checkout), checkout / "out"
-    with pytest.raises(ConfigError, match=r"there is no claim .*python -m agents\.claim 'tasks=\[cluster\]'"):
-        measure_cluster.measure_cluster(cfg, out)
-    path = measure_cluster.write_cluster_claim(cfg)
-    with pytest.raises(ConfigError, match="not committed as it is"):
-        measure_cluster.measure_cluster(cfg, out)
-    git(checkout, "add", "-A")
-    git(checkout, "commit", "-q", "-m", "claim")
+    path = commit_claim(
+        checkout,
+        "'tasks=[cluster]'",
+        play=lambda: measure_cluster.measure_cluster(cfg, out),
+        write=lambda: measure_cluster.write_cluster_claim(cfg),
+    )
     with pytest.raises(ConfigError, match="claims other clusters than are about to be played"):
         measure_cluster.measure_cluster(configuration(checkout, "cluster_each=2"), out)
     with pytest.raises(ConfigError, match="claims other rules than"):

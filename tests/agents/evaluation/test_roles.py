@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from agents.evaluation.evaluate import EvaluateConfig  # noqa: F401 - registers 
 from agents.evaluation.roles import episodes, play, roles_setting, rules, tune_by_load
 from agents.evaluation.roles_report import roles_context, roles_table_markdown, roles_verdict
 from sim.errors import ConfigError
-from tests.agents.helpers import composed, write_roles_policy
+from tests.agents.helpers import begin_checkout, commit_claim, composed, write_roles_policy
 from tests.sim.pages.test_render import cells
 
 SMALL: dict[str, Any] = {"replicas": 3, "prefill": 1, "traffic": [{"gamma_code": 1, "gamma": 1}], "tick_s": 20.0}
@@ -77,20 +76,13 @@ def test_the_thresholds_with_the_highest_utility_are_taken(monkeypatch: pytest.M
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git checkout for claims, in place of the project's, and a small system."""
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "config", "user.email", "a@b.c")
-    git(tmp_path, "config", "user.name", "A")
-    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "begin")
+    begin_checkout(tmp_path)
     for module in (claims, measure_roles):
         monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     monkeypatch.setattr(measure_roles, "roles_setting", small_setting)
     monkeypatch.setattr(roles, "WAITS_S", (0.5,))
     monkeypatch.setattr(roles, "KV_SHARES", (0.8,))
     return tmp_path
-
-
-def git(folder: Path, *arguments: str) -> None:
-    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
 
 
 def configuration(folder: Path, *more: str) -> DictConfig:
@@ -103,13 +95,12 @@ def test_the_test_episodes_are_played_once_for_a_committed_claim_that_fits(check
     setting = small_setting("test")
     write_roles_policy(checkout, setting, np.zeros(setting.table.features, dtype=np.float32), 0)
     cfg, out = configuration(checkout), checkout / "out"
-    with pytest.raises(ConfigError, match="there is no claim"):
-        measure_roles.measure_roles(cfg, out)
-    path = measure_roles.write_roles_claim(cfg)
-    with pytest.raises(ConfigError, match="not committed as it is"):
-        measure_roles.measure_roles(cfg, out)
-    git(checkout, "add", "-A")
-    git(checkout, "commit", "-q", "-m", "claim")
+    path = commit_claim(
+        checkout,
+        "'tasks=[roles]'",
+        play=lambda: measure_roles.measure_roles(cfg, out),
+        write=lambda: measure_roles.write_roles_claim(cfg),
+    )
     with pytest.raises(ConfigError, match="claims other episodes than are about to be played"):
         measure_roles.measure_roles(configuration(checkout, "roles_each=1"), out)
     with pytest.raises(ConfigError, match="roles_compared is 'other'"):
