@@ -30,8 +30,7 @@ from sim.progress import counted, progress
 
 Windows = Sequence[Window]
 
-TRAIN_CLUSTERS, TRAIN_SEED = 16, 20251121
-SEEDS: Mapping[Split, int] = {"validation": 20261130, "test": 20261201}
+SEEDS: Mapping[Split, int] = {"train": 20251121, "validation": 20261130, "test": 20261202}
 LOADS = (0.5, 0.75, 0.95)
 """Positions in each source's range of rates (conf/split/serve.yaml), on a logarithmic scale."""
 BUILDERS: dict[str, Callable[..., Policy]] = {"ServeTrace": learned_serve, "ServeCluster": learned_cluster}
@@ -56,16 +55,13 @@ def play_cluster(setting: ClusterSetting, windows: Windows, build: Build) -> dic
     }
 
 
-def train_clusters(setting: ClusterSetting) -> list[Windows]:
-    """Return the training clusters on which rules are tuned, the same in every call."""
-    rng = np.random.default_rng(TRAIN_SEED)
-    return [setting.sample(rng, "train") for _ in range(TRAIN_CLUSTERS)]
-
-
-def held_out_clusters(
+def clusters_of(
     setting: ClusterSetting, split: Split, sources: Sequence[str], each: int
 ) -> list[tuple[float, Windows]]:
-    """Return (load, windows) of the clusters of a split, the same in every call: ``each`` for every source and load."""
+    """Return (load, windows) of the clusters of a split, the same in every call: ``each`` for every source and load.
+
+    All windows of a cluster are of one source. Rules are tuned on the clusters of ``train``.
+    """
     rng = np.random.default_rng(SEEDS[split])
     clusters: list[tuple[float, Windows]] = []
     for source in sources:

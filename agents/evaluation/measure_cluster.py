@@ -28,8 +28,8 @@ from agents.evaluation.claim import check_stated, policy_hashes, rules_hash
 from agents.evaluation.cluster import (
     SEEDS,
     Windows,
+    clusters_of,
     evaluate_cluster,
-    held_out_clusters,
     learned_cluster_policies,
     read_about,
 )
@@ -97,7 +97,7 @@ def clusters_played(cfg: DictConfig, split: Split, tuned: Mapping[str, Any] | No
     else:
         rules, found = rules_tuned_to(tuned), dict(tuned)
     files = {str(name): glob_files(str(glob)) for name, glob in cfg.cluster_learned.items()}
-    clusters = held_out_clusters(setting, split, names, int(cfg.cluster_each))
+    clusters = clusters_of(setting, split, names, int(cfg.cluster_each))
     return PlayedClusters(setting=setting, clusters=clusters, files=files, rules=rules, tuned=found)
 
 

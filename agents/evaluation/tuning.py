@@ -2,8 +2,9 @@
 
 Every rule gets the same number of trials: first its defaults, then random parameters of the space that it declares
 (``agents.evaluation.rules``). All rules are tried on the same windows, of every training source and budget, at the
-loads of the test windows: a plain reference serves 60, 75 or 90 % of their requests in time. The trials begin on a
-third of the windows, and the best third of them goes on to all (successive halving, as for the learner's
+loads of the test windows: a plain reference serves 60, 75 or 90 % of their requests in time. Rules of clusters are
+tried on training clusters, each of one source as the test clusters are; slow rules keep their defaults there. The trials
+begin on a third of the windows, and the best third of them goes on to all (successive halving, as for the learner's
 hyperparameters). The score is the mean utility, averaged over traces.
 """
 
@@ -96,6 +97,18 @@ def train_windows(setting: ServeSetting, each: int = 1) -> list[Window]:
     return [window for _, window in sorted(found, key=lambda one: one[0])]
 
 
+def train_clusters(setting: ClusterSetting, each: int = 1) -> list[Sequence[Window]]:
+    """Return the training clusters on which rules are tuned, the same in every call.
+
+    There are ``each`` for every source and load. The first third has every source, at loads that take turns.
+    """
+    from agents.evaluation.cluster import LOADS, clusters_of  # it imports this module
+
+    clusters = [windows for _, windows in clusters_of(setting, "train", setting.sources, each)]
+    turns = [(i + k) % KEPT for i in range(len(setting.sources)) for k in range(len(LOADS)) for _ in range(each)]
+    return [clusters[number] for number in sorted(range(len(clusters)), key=lambda number: turns[number])]
+
+
 # --- Scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -103,12 +116,14 @@ def train_windows(setting: ServeSetting, each: int = 1) -> list[Window]:
 class Games:
     """What rules are tuned on: windows of one server, or clusters of them.
 
-    games: the windows of each game: one, or one for each replica. play: returns the utility of a policy in a game.
+    games: the windows of each game: one, or one for each replica. The first ninth of them, and the first third, cover
+        traces and loads evenly. loads: of the games. play: returns the utility of a policy in a game.
     served: how all plans served the windows, by their longest wait (``agents.evaluation.rule_tables``).
     """
 
     setting: ServeSetting
     games: Sequence[Sequence[Window]]
+    loads: Sequence[float]
     play: Callable[[Build, Sequence[Window]], float]
     served: dict[float | None, Served] = field(default_factory=dict)
 
@@ -142,17 +157,19 @@ def games_of(setting: ServeSetting, each: int = 1, games: Sequence[Sequence[Wind
     """Return what the rules of a setting are tuned on: clusters for a setting of clusters, else windows.
 
     Args:
-        each: windows for every source, budget and load. games: made before, in another process.
+        each: windows for every source, budget and load, or clusters for every source and load.
+        games: made before, in another process.
     """
     if isinstance(setting, ClusterSetting):
-        from agents.evaluation.cluster import play_cluster, train_clusters  # it imports this module
+        from agents.evaluation.cluster import LOADS, play_cluster  # it imports this module
 
-        clusters, several = setting, train_clusters(setting) if games is None else games
-        return Games(setting, several, lambda build, game: float(play_cluster(clusters, game, build)["utility"]))
+        clusters, several = setting, train_clusters(setting, each) if games is None else games
+        return Games(setting, several, LOADS, lambda build, game: float(play_cluster(clusters, game, build)["utility"]))
     context = policy_context(setting)
     return Games(
         setting,
         [(window,) for window in train_windows(setting, each)] if games is None else games,
+        SHARES,
         lambda build, game: float(play_window(setting, game[0], build(context))["utility"]),
     )
 
@@ -260,8 +277,8 @@ def tune(
     Args:
         kwargs: arguments of ``ServeSetting``, or of ``ClusterSetting`` for the task ``cluster``.
         names: rules; None for all that can run there.
-        trials: of every rule. each: windows for every source, budget and load. seed: of the random parameters.
-        workers: processes; the result does not depend on it.
+        trials: of every rule. each: windows for every source, budget and load; for clusters, clusters for every source
+            and load. seed: of the random parameters. workers: processes; the result does not depend on it.
         file: of an earlier search for the same setting, whose other rules the content keeps; None for none.
     Raises:
         ConfigError: for an unknown rule, with the nearest name, or a file that was made otherwise.
@@ -278,7 +295,7 @@ def tune(
             "each": each,
             "count": len(games.games),
         },
-        "loads": list(SHARES),
+        "loads": list(games.loads),
         "trials": trials,
         "seed": seed,
     }
@@ -433,7 +450,8 @@ class TuneRulesConfig:
     env: the environment with ``label``, an option of the group env; its kwargs say what is served.
     task: serve or cluster, the latter with env=serve_cluster.
     baselines: rules by name; null for all that can run there. trials: of every rule.
-    each: windows for every source, budget and load. seed: of the random parameters. workers: processes.
+    each: windows for every source, budget and load; for clusters, clusters for every source and load. seed: of the
+        random parameters. workers: processes.
     out: folder of the files. add: put the rules into the files that are there; false to replace these.
     """
 

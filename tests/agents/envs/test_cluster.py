@@ -19,7 +19,8 @@ from agents.envs.cluster_vector import ServeReplicas
 from agents.envs.serve import ServeTrace
 from agents.envs.serve_vector import ServeTraceVector
 from agents.envs.serve_windows import Window, serve_windows
-from agents.evaluation.cluster import held_out_clusters, mean_cluster_utility, play_cluster, train_clusters
+from agents.evaluation.cluster import LOADS, clusters_of, mean_cluster_utility, play_cluster
+from agents.evaluation.tuning import train_clusters
 from agents.training.imitate import widen_inputs
 from agents.training.validation import serve, serve_clusters, validation_clusters
 from sim.cluster.cluster import Cluster, Replica
@@ -243,12 +244,26 @@ def test_a_policy_observes_only_the_other_replicas_that_accept_requests() -> Non
 
 
 def test_training_and_test_clusters_do_not_overlap_in_time_and_each_replica_has_its_own_budget() -> None:
-    setting = ClusterSetting()
+    setting = ClusterSetting(sources=["burst", "gamma", "mmpp"])
     windows = serve_windows()
-    for cluster in train_clusters(setting):
-        assert max(one.start_s + windows.window_s * one.rate for one in cluster) <= windows.span_s("burst", "train")[1]
-        assert len({one.rate for one in cluster}) == 1  # one load
-    held_out = held_out_clusters(setting, "test", ["burst"], 4)
+    tuned_on = train_clusters(setting)
+    assert sorted((one[0].source, one[0].rate) for one in tuned_on) == sorted(
+        (source, windows.at_load(load, load).rates[source][0]) for source in setting.sources for load in LOADS
+    )
+    for cluster in tuned_on:
+        assert len({(one.source, one.rate) for one in cluster}) == 1  # one source at one load, as in the test
+        for one in cluster:
+            assert one.start_s + windows.window_s * one.rate <= windows.span_s(one.source, "train")[1]
+    first = [(cluster[0].source, cluster[0].rate) for cluster in tuned_on[:3]]  # what the trials begin on
+    positions = [
+        LOADS.index(load)
+        for source, rate in first
+        for load in LOADS
+        if windows.at_load(load, load).rates[source][0] == rate
+    ]
+    assert ([source for source, _ in first], sorted(positions)) == (["burst", "gamma", "mmpp"], [0, 1, 2])
+    assert len(train_clusters(setting, each=2)) == 18
+    held_out = clusters_of(setting, "test", ["burst"], 4)
     assert len(held_out) == 12
     for _, cluster in held_out:
         assert min(one.start_s for one in cluster) >= windows.span_s("burst", "test")[0]
