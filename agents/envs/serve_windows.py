@@ -275,16 +275,20 @@ def as_window(value: Window | Mapping[str, Any]) -> Window:
     return window
 
 
-def check_sources(names: Sequence[str]) -> tuple[str, ...]:
+def check_sources(names: Sequence[str], key: str = "sources") -> tuple[str, ...]:
     """Return the sources as a tuple.
 
+    Args:
+        key: the configuration's name for them.
     Raises:
-        ConfigError: for an empty list, or a name that conf/split/serve.yaml does not have.
+        ConfigError: for an empty list, a name that it has twice, or one that conf/split/serve.yaml does not have.
     """
     for name in names:
         source_of(name)
     if not names:
-        raise ConfigError("sources is empty; name at least one, such as sources=[burst]")
+        raise ConfigError(f"{key} is empty; name at least one, such as {key}=[burst]")
+    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+        raise ConfigError(f"{key} has {', '.join(twice)} more than once; name each trace once")
     return tuple(names)
 
 

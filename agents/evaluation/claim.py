@@ -1,4 +1,4 @@
-"""The claim: what the test windows of ``ServeTrace`` are played with, written down before they are played.
+"""The claim: what test windows, clusters or episodes are played with, written down before they are played.
 
 The order is: claim (``python -m agents.claim``), commit, play. ``python -m agents.evaluate`` plays the test windows
 only if a claim is committed, unchanged since, and says exactly what is about to be played: the policies' files, the
@@ -111,9 +111,17 @@ def claimed(cfg: DictConfig, played: Played) -> dict[str, Any]:
     return plain
 
 
-def claim_path(cfg: DictConfig) -> Path:
-    """Return the file of the claim; a relative path counts from the repository."""
-    return REPOSITORY / str(cfg.claim)
+def claim_path(file: str, key: str = "claim") -> Path:
+    """Return the file in which a claim is written; a relative path counts from the repository.
+
+    Args:
+        file: the value of ``key``.
+    Raises:
+        ConfigError: for none, which names no file.
+    """
+    if file == "none":
+        raise ConfigError(f"{key} is none, with which no claim is played; name the file to write, or leave {key} out")
+    return REPOSITORY / file
 
 
 def check_claim(cfg: DictConfig, played: Played, folder: Path) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def check_claim(cfg: DictConfig, played: Played, folder: Path) -> dict[str, Any]
         ConfigError: if the claim is missing, says something else, is not committed or changed since, or if the folder
             has its results already; or if code or configuration changed since.
     """
-    path = claim_path(cfg)
+    path = REPOSITORY / str(cfg.claim)
     commits = claim_commits(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -63,7 +63,8 @@ class EvaluateConfig:
         replaces the names, ``learned={}`` plays none.
     curves, serve_curves: name -> glob of the progress.csv files of these trainings.
     claim: the committed file that states what the test windows are played with (``python -m agents.claim``); none
-        plays the validation windows instead. compared: the policy that it compares with every rule.
+        plays what is held out for validation instead, in all tasks. compared: the policy that it compares with every
+        rule.
     scenarios: MEMORY/LOW_BITS, such as tight/none (conf/scenario, conf/low_bits); null for all.
     serve_sources: traces; null for all whose data is here. serve_windows: at most this many of each trace in each
         scenario; null for all. serve_oracle: how many of these windows the oracles play, because they are slow.
@@ -72,7 +73,7 @@ class EvaluateConfig:
     cluster_learned, cluster_curves: like serve_learned and serve_curves, for ServeCluster; policies of one replica too.
     cluster_sources: traces of clusters; null for all whose data is here. cluster_each: clusters for each of them and
         each load. cluster_claim, cluster_compared: like claim and compared, for ServeCluster
-        (``agents.evaluation.measure_cluster``).
+        (``agents.evaluation.measure_cluster``); none is for this task alone.
     roles_learned: name -> glob of exported policies of ServeRoles. roles_each: episodes of each traffic. roles_claim,
         roles_compared: like claim and compared, for ServeRoles (``agents.evaluation.measure_roles``).
     only: policies to play again: rules or learned ones. The rows of all other policies stay; in prune, their plans get

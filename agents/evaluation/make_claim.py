@@ -28,12 +28,12 @@ def write_claim(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: if the policy of the comparison is not among those played.
     """
+    path = claim_path(str(cfg.claim))
     played = what_is_played(cfg, "test")
     if cfg.compared not in played.files:
         raise ConfigError(
             f"compared is {cfg.compared!r}; it must be one of serve_learned: {', '.join(played.files) or 'none'}"
         )
-    path = claim_path(cfg)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(path, {"date": date, "commit": commit(), **claimed(cfg, played)})
     return path

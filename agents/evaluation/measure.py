@@ -16,7 +16,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from agents.baselines.prune import baselines, learned_prune_policies, solver
-from agents.envs.prune_loads import prune_loads
+from agents.envs.prune_loads import Split, prune_loads
 from agents.envs.reward import kept_quality
 from agents.envs.surrogate import mask_losses, quality_on
 from agents.evaluation.ablation import shuffled_loads
@@ -126,6 +126,31 @@ def selected(names: Sequence[str], policies: Mapping[str, Any]) -> dict[str, Any
         if name not in policies:
             raise ConfigError(f"only: there is no policy {name!r} to play; {nearest(name, policies)}")
     return {name: policies[name] for name in names}
+
+
+def split_of(cfg: DictConfig, claim: str) -> Split:
+    """Return the split that a task plays: validation if its claim is none, else test.
+
+    Args:
+        claim: the key of the task's claim; ``claim=none`` holds for all tasks.
+    """
+    return "validation" if "none" in (cfg.claim, cfg[claim]) else "test"
+
+
+def check_same_played(before: Mapping[str, Any], split: Split, what: str, now: Any, folder: Path) -> None:
+    """Check that ``only`` plays what the other rows of its result file played.
+
+    Args:
+        before: the contents of the JSON file of the results. what: a key of it, such as windows, which files of earlier
+            versions lack. now: what is played now, as that key states it.
+    Raises:
+        ConfigError: if the split or what is played differ.
+    """
+    if (before.get("split"), before.get(what, now)) != (split, now):
+        raise ConfigError(
+            f"only: {folder} has results of other {what} (split {before.get('split')}); play these again, with their "
+            "keys and claim, or set out=FOLDER to another folder and leave out only="
+        )
 
 
 def write_rows(cfg: DictConfig, path: Path, played: pd.DataFrame) -> None:

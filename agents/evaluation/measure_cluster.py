@@ -24,7 +24,7 @@ from agents.envs.prune_loads import Split
 from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import check_sources
 from agents.evaluation.chosen import glob_files
-from agents.evaluation.claim import check_stated, policy_hashes, rules_hash
+from agents.evaluation.claim import CRITERIA, check_stated, claim_path, policy_hashes, rules_hash
 from agents.evaluation.cluster import (
     SEEDS,
     Windows,
@@ -36,9 +36,11 @@ from agents.evaluation.cluster import (
 from agents.evaluation.cluster_report import COMPARED
 from agents.evaluation.measure import (
     check_any,
+    check_same_played,
     read_summary,
     selected,
     sources_of,
+    split_of,
     training_seconds,
     write_curves,
     write_rows,
@@ -46,7 +48,6 @@ from agents.evaluation.measure import (
 from agents.evaluation.tuning import rules_tuned_to, tuned_folder, tuned_rules
 from sim.config import load_option
 from sim.errors import ConfigError
-from sim.paths import REPOSITORY
 from sim.progress import say
 from sim.results.run_folder import commit, provenance, write_json
 
@@ -89,9 +90,12 @@ def clusters_played(cfg: DictConfig, split: Split, tuned: Mapping[str, Any] | No
             f"cluster_each is {cfg.cluster_each}; it must be at least 1 (clusters of each trace and load)"
         )
     setting = ClusterSetting(**environment(split))
-    names, notes = sources_with(split) if cfg.cluster_sources is None else (check_sources(cfg.cluster_sources), [])
-    for note in notes:
-        say(note)
+    if cfg.cluster_sources is None:
+        names, notes = sources_with(split)
+        for note in notes:
+            say(note)
+    else:
+        names = [*check_sources(cfg.cluster_sources, "cluster_sources")]
     if tuned is None:
         rules, found = tuned_rules(setting, cfg.baselines, tuned_folder(cfg))
     else:
@@ -105,7 +109,7 @@ def clusters_claimed(cfg: DictConfig, played: PlayedClusters) -> dict[str, Any]:
     """Return what a claim states of what is played, without its date and commit."""
     windows = [[asdict(window) for window in windows] for _, windows in played.clusters]
     content = {
-        "comparison": {"policy": cfg.cluster_compared, "by": COMPARISON},
+        "comparison": {"policy": cfg.cluster_compared, "by": COMPARISON, "claims": {"rules": CRITERIA["rules"]}},
         "policies": policy_hashes(played.files),
         "rules": rules_hash(played.tuned),
         "clusters": {
@@ -129,13 +133,13 @@ def write_cluster_claim(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: if the policy of the comparison is not among those played.
     """
+    path = claim_path(str(cfg.cluster_claim), "cluster_claim")
     played = clusters_played(cfg, "test")
     if cfg.cluster_compared not in played.files:
         raise ConfigError(
             f"cluster_compared is {cfg.cluster_compared!r}; it must be one of cluster_learned: "
             f"{', '.join(played.files) or 'none'}"
         )
-    path = REPOSITORY / str(cfg.cluster_claim)
     stated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
     write_json(path, {**stated, **clusters_claimed(cfg, played)})
     return path
@@ -147,15 +151,12 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     Raises:
         ConfigError: for the test clusters without a committed claim that fits, or with results of the same claim.
     """
-    split: Split = "validation" if cfg.claim == "none" else "test"
+    split = split_of(cfg, "cluster_claim")
     before = read_summary(folder / "cluster.json", cfg) if cfg.only else None
     played = clusters_played(cfg, split, None if before is None else before["tuned"])
     clusters = clusters_claimed(cfg, played)["clusters"]
-    if before is not None and (before["split"], before.get("clusters", clusters)) != (split, clusters):
-        raise ConfigError(
-            f"{folder} has results of other clusters (split {before['split']}); play them again with the claim, "
-            "cluster_sources and cluster_each of these, or set out=FOLDER to another folder"
-        )
+    if before is not None:
+        check_same_played(before, split, "clusters", clusters, folder)
     summary = provenance(0) if before is None else before
     learned: dict[str, Sequence[Build]] = {
         name: learned_cluster_policies(files) for name, files in played.files.items()
@@ -168,7 +169,9 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
         command = "python -m agents.claim 'tasks=[cluster]'"
         now = clusters_claimed(cfg, played)
         claim = check_stated(cfg.cluster_claim, now, folder / "cluster.json", command, only=bool(cfg.only))
-        summary["claim"] = {key: claim[key] for key in ("file", "sha256", "date", "commit", "claim_commit")}
+        summary["claim"] = {
+            key: claim[key] for key in ("file", "sha256", "date", "commit", "claim_commit", "comparison")
+        }
     if cfg.only:
         policies = selected(cfg.only, policies)
     rows = evaluate_cluster(played.setting, policies, played.clusters, oracle=oracle, workers=cfg.workers)

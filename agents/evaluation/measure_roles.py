@@ -22,8 +22,8 @@ from agents.envs.prune_loads import Split
 from agents.envs.roles import RolesSetting
 from agents.envs.serve_windows import Window
 from agents.evaluation.chosen import glob_files
-from agents.evaluation.claim import check_stated, policy_hashes
-from agents.evaluation.measure import read_summary, selected, training_seconds, write_rows
+from agents.evaluation.claim import check_stated, claim_path, policy_hashes
+from agents.evaluation.measure import check_same_played, read_summary, selected, split_of, training_seconds, write_rows
 from agents.evaluation.roles import (
     SEEDS,
     Start,
@@ -35,7 +35,6 @@ from agents.evaluation.roles import (
     tune_by_load,
 )
 from sim.errors import ConfigError
-from sim.paths import REPOSITORY
 from sim.policies.learned import read_learned
 from sim.results.run_folder import commit, provenance, write_json
 
@@ -97,13 +96,13 @@ def write_roles_claim(cfg: DictConfig) -> Path:
     Raises:
         ConfigError: if the policy of the comparison is not among those played.
     """
+    path = claim_path(str(cfg.roles_claim), "roles_claim")
     played = roles_played(cfg, "test")
     if cfg.roles_compared not in played.files:
         raise ConfigError(
             f"roles_compared is {cfg.roles_compared!r}; it must be one of roles_learned: "
             f"{', '.join(played.files) or 'none'}"
         )
-    path = REPOSITORY / str(cfg.roles_claim)
     stated = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
     tuned = tune_by_load(roles_setting("train"))
     write_json(path, {**stated, **roles_claimed(cfg, played), "by_load": tuned})
@@ -116,12 +115,14 @@ def measure_roles(cfg: DictConfig, folder: Path) -> None:
     Raises:
         ConfigError: for the test episodes without a committed claim that fits, or with results of the same claim.
     """
-    split: Split = "validation" if cfg.claim == "none" else "test"
+    split = split_of(cfg, "roles_claim")
     played = roles_played(cfg, split)
+    now = roles_claimed(cfg, played)
     summary = read_summary(folder / "roles.json", cfg) if cfg.only else provenance(0)
+    if cfg.only:
+        check_same_played(summary, split, "episodes", now["episodes"], folder)
     if split == "test":
         command = "python -m agents.claim 'tasks=[roles]'"
-        now = roles_claimed(cfg, played)
         claim = check_stated(cfg.roles_claim, now, folder / "roles.json", command, only=bool(cfg.only))
         summary["claim"] = {key: claim[key] for key in ("file", "sha256", "date", "commit", "claim_commit")}
         tuned = claim["by_load"]
@@ -135,6 +136,7 @@ def measure_roles(cfg: DictConfig, folder: Path) -> None:
     abouts = {name: [read_learned(path, "ServeRoles").about for path in paths] for name, paths in played.files.items()}
     about = {
         "split": split,
+        "episodes": now["episodes"],
         "compared": cfg.roles_compared,
         "by_load": tuned,
         "replicas": played.setting.replicas,

@@ -18,13 +18,16 @@ from agents.envs.prune_loads import Split
 from agents.envs.serve import ServeSetting
 from agents.envs.serve_lists import Listed, check_scenarios, listed_windows, scenario_kwargs
 from agents.envs.serve_sources import sources_with
+from agents.envs.serve_windows import check_sources
 from agents.evaluation.chosen import glob_files
 from agents.evaluation.claim import check_claim, claimed, policy_hashes
 from agents.evaluation.measure import (
     check_any,
+    check_same_played,
     read_summary,
     selected,
     sources_of,
+    split_of,
     training_seconds,
     write_curves,
     write_rows,
@@ -73,6 +76,8 @@ def what_is_played(cfg: DictConfig, split: Split, tuned: Mapping[str, Any] | Non
         setting = ServeSetting(**{**scenario_kwargs(scenario), "split": split})
         if tuned is None:
             rules, found[scenario] = tuned_rules(setting, names, tuned_folder(cfg))
+        elif scenario not in tuned:
+            raise ConfigError(f"only: the results have no scenario {scenario}; set scenarios=[{','.join(tuned)}]")
         else:
             rules, found[scenario] = rules_tuned_to(tuned[scenario]), tuned[scenario]
         policies: dict[str, Sequence[Build]] = {name: [build] for name, build in rules.items()}
@@ -88,8 +93,8 @@ def _check_counts(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"{key} is {cfg[key]}; it must be at least {least} (windows of each trace in each scenario)"
             )
-    if cfg.serve_sources is not None and not cfg.serve_sources:
-        raise ConfigError("serve_sources is empty; name at least one, such as serve_sources=[gamma], or null for all")
+    if cfg.serve_sources is not None:
+        check_sources(cfg.serve_sources, "serve_sources")
 
 
 def learned_policies(files: Mapping[str, Sequence[Path]], *, low_bits: bool) -> dict[str, Sequence[Build]]:
@@ -108,12 +113,15 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
     Raises:
         ConfigError: for the test windows without a committed claim that fits, or with results of the same claim.
     """
-    split: Split = "validation" if cfg.claim == "none" else "test"
+    split = split_of(cfg, "claim")
     before = read_summary(folder / "serve.json", cfg) if cfg.only else None
     played = what_is_played(cfg, split, None if before is None else before["tuned"])
     matches, oracles = played.matches, played.oracles
     check_any({**next(iter(matches.values())).policies, **dict.fromkeys(oracles)}, "serve")
     summary = provenance(0) if before is None else before
+    now = claimed(cfg, played)
+    if before is not None:
+        check_same_played(before, split, "windows", now["windows"], folder)
     if split == "test":
         summary["claim"] = check_claim(cfg, played, folder)
     for note in sources_with(split)[1]:
@@ -124,9 +132,7 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
             for scenario, match in matches.items()
         }
         oracles = []
-    unfinished = Unfinished(
-        folder / "serve_unfinished.jsonl", claimed(cfg, played) | {"only": list(cfg.only)}, commit()
-    )
+    unfinished = Unfinished(folder / "serve_unfinished.jsonl", now | {"only": list(cfg.only)}, commit())
     rows = evaluate_serve(
         matches,
         played.listed,
@@ -138,7 +144,8 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
     summary["begun"] = unfinished.begun
     write_rows(cfg, folder / "serve.parquet", rows)
     write_curves(cfg, folder / "serve_training.parquet", cfg.serve_curves)
-    write_json(folder / "serve.json", summary | {"compared": cfg.compared} | about_played(played, summary))
+    stated = {"compared": cfg.compared, "windows": now["windows"], **about_played(played, summary)}
+    write_json(folder / "serve.json", summary | stated)
     unfinished.remove()
 
 

@@ -3,9 +3,9 @@
 Every rule gets the same number of trials: first its defaults, then random parameters of the space that it declares
 (``agents.evaluation.rules``). All rules are tried on the same windows, of every training source and budget, at the
 loads of the test windows: a plain reference serves 60, 75 or 90 % of their requests in time. Rules of clusters are
-tried on training clusters, each of one source as the test clusters are; slow rules keep their defaults there. The trials
-begin on a third of the windows, and the best third of them goes on to all (successive halving, as for the learner's
-hyperparameters). The score is the mean utility, averaged over traces.
+tried on training clusters, each of one source as the test clusters are; slow rules keep their defaults there. The
+trials begin on a third of the windows, and the best third of them goes on to all (successive halving, as for the
+learner's hyperparameters). The score is the mean utility, averaged over traces.
 """
 
 from __future__ import annotations

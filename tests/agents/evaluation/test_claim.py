@@ -62,7 +62,7 @@ def test_a_committed_claim_lets_its_windows_be_played_and_is_recorded(checkout: 
     head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert found["commit"] == head.stdout.strip()
     assert found["claims_before"] == 0
-    content = json.loads(claim_path(cfg).read_text())
+    content = json.loads(claim_path(str(cfg.claim)).read_text())
     assert content["policies"] == policy_hashes({"mine": [POLICY]})
     assert content["windows"]["count"] == len(played.listed) == 1
     assert content["comparison"]["policy"] == "mine"
@@ -91,7 +91,7 @@ def test_the_test_windows_are_not_played_before_a_claim_is_committed(checkout: P
 def test_a_claim_that_was_changed_after_its_commit_is_refused(checkout: Path, tmp_path: Path) -> None:
     cfg = configuration()
     played = commit_claim(checkout, cfg)
-    path = claim_path(cfg)
+    path = claim_path(str(cfg.claim))
     path.write_text(path.read_text().replace('"mine"', '"yours"'))
     with pytest.raises(ConfigError, match="not committed as it is"):
         check_claim(cfg, played, tmp_path / "results")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
-from agents.baselines.serve import conf_policy
+from agents.baselines.serve import conf_policy, policy_context
 from agents.envs.cluster import CLUSTER_ACTIONS, ClusterSetting
 from agents.envs.prune_loads import Split
+from agents.envs.serve_lists import scenario_kwargs
 from agents.envs.serve_windows import Window
 from agents.evaluation import claim as claims
 from agents.evaluation import measure_cluster
 from agents.evaluation.chosen import named, replaced
 from agents.evaluation.cluster import evaluate_cluster
 from agents.evaluation.evaluate import EvaluateConfig  # noqa: F401 - registers the schema of conf/evaluate.yaml
+from agents.training.export import check_terms
+from sim.config import load_option
 from sim.errors import ConfigError
+from sim.policies.learned import read_learned
+from sim.policies.learned_cluster import learned_cluster
 from tests.agents.helpers import begin_checkout, commit_claim, composed, git, write_linear_policy
 
 SETTING = ClusterSetting(replicas=2, actions={**CLUSTER_ACTIONS, "drops": [0, 8], "admits": [None, 8]})
@@ -58,8 +64,7 @@ def small(split: Split) -> dict[str, Any]:
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git checkout for claims, in place of the project's, with a policy of small clusters."""
     begin_checkout(tmp_path)
-    for module in (claims, measure_cluster):
-        monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(claims, "REPOSITORY", tmp_path)
     monkeypatch.setattr(measure_cluster, "environment", small)
     setting = ClusterSetting(**small("test"))
     weight = np.random.default_rng(0).normal(size=(len(setting.table.actions), setting.table.features))
@@ -118,3 +123,36 @@ def test_validation_clusters_need_no_claim_and_are_others_than_the_test_clusters
     drawn = {split: measure_cluster.clusters_played(cfg, split).clusters for split in ("validation", "test")}
     starts = {split: {one.start_s for _, cluster in clusters for one in cluster} for split, clusters in drawn.items()}
     assert max(starts["validation"]) < min(starts["test"])
+    own = configuration(checkout, "cluster_claim=none", "baselines=[dense]", "cluster_learned={}")
+    measure_cluster.measure_cluster(own, checkout / "own")
+    pd.testing.assert_frame_equal(*(pd.read_parquet(folder / "cluster.parquet") for folder in (out, checkout / "own")))
+    with pytest.raises(ConfigError, match="cluster_claim is none, with which no claim is played; name the file"):
+        measure_cluster.write_cluster_claim(own)
+    twice = configuration(checkout, "cluster_sources=[gamma,gamma]")
+    with pytest.raises(ConfigError, match="cluster_sources has gamma more than once"):
+        measure_cluster.clusters_played(twice, "validation")
+
+
+def test_the_servers_of_clusters_are_those_of_one_replica_whose_memory_moves() -> None:
+    cluster, alone = measure_cluster.environment("test"), load_option("env", "serve_trace").kwargs
+    shared = ("model", "gpu", "latency", "quality", "engine", "slo", "workspace_bytes", "tick_s", "actions")
+    assert {key: cluster[key] for key in shared} == {key: alone[key] for key in shared}
+    assert cluster["budget"] == scenario_kwargs("mid/published")["budget"]
+
+
+def test_a_policy_of_clusters_limits_admission_by_the_terms_of_its_file(tmp_path: Path) -> None:
+    setting = ClusterSetting(replicas=2, slo="ttft_2s_tpot_100ms", actions={"waits": [1.0], "runs": [16]})
+    weight = np.zeros((len(setting.table.actions), setting.table.features), dtype=np.float32)
+    path, about = write_linear_policy(tmp_path, "ServeCluster", setting, weight, weight[:, 0])
+    context = policy_context(setting)
+    window = Window(source="burst", start_s=0.0, rate=20.0, budget="full", budget_seed=0)
+    engine = setting.build_engine(window, setting.actions.plans[setting.actions.start])
+    idle = replace(engine.run_until(0.0), running=10)
+    later = replace(idle, time_s=1.0, iterations=idle.iterations + 10, busy_s=idle.busy_s + 10 * 0.026)
+    terms = {"run_share": 0.5, "wait_share": 0.9}  # iterations of 50 ms
+    check_terms(read_learned(path, "ServeCluster"), {**terms, "room_weight": 4.0})
+    path.write_text(json.dumps({**about, **terms}))
+    policy = learned_cluster(context, path=str(path))
+    policy.among(idle, [idle])
+    limited = policy.among(later, [later])
+    assert (limited.max_running, limited.max_wait_s) == (19, 1.8)  # 10 x 50 / 26 in proportion; 0.9 x 2 s

@@ -77,8 +77,7 @@ def test_the_thresholds_with_the_highest_utility_are_taken(monkeypatch: pytest.M
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git checkout for claims, in place of the project's, and a small system."""
     begin_checkout(tmp_path)
-    for module in (claims, measure_roles):
-        monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(claims, "REPOSITORY", tmp_path)
     monkeypatch.setattr(measure_roles, "roles_setting", small_setting)
     monkeypatch.setattr(roles, "WAITS_S", (0.5,))
     monkeypatch.setattr(roles, "KV_SHARES", (0.8,))
@@ -123,6 +122,8 @@ def test_the_test_episodes_are_played_once_for_a_committed_claim_that_fits(check
     measure_roles.measure_roles(configuration(checkout, "only=[fixed_2]"), out)
     again = [one.sort_values(["policy", "window"], ignore_index=True) for one in (frame, _read(out))]
     pd.testing.assert_frame_equal(*again)
+    with pytest.raises(ConfigError, match=r"has results of other episodes \(split test\)"):
+        measure_roles.measure_roles(configuration(checkout, "only=[fixed_2]", "roles_claim=none"), out)
 
 
 def _read(folder: Path) -> pd.DataFrame:

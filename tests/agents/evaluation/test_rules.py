@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from agents.baselines.serve import policy_context
 from agents.envs.cluster import ClusterSetting
 from agents.envs.serve import DEFAULT_ACTIONS, ServeSetting
+from agents.envs.serve_lists import SHARES
 from agents.envs.serve_windows import Window
 from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.rule_tables import _edges, best_table, plans_without_limits, serve_all
@@ -64,6 +65,7 @@ def small_games(setting: ServeSetting = SETTING, count: int = 3) -> Games:
     return Games(
         setting,
         [(window,) for window in WINDOWS[:count]],
+        SHARES,
         lambda build, game: float(play_window(setting, game[0], build(policy_context(setting)))["utility"]),
     )
 
@@ -173,7 +175,7 @@ def test_tuning_finds_parameters_no_worse_than_the_defaults_and_finds_them_again
 
 def test_the_score_averages_over_traces_not_over_windows() -> None:
     other = Window(source="azure_conv", start_s=0.0, rate=1.0, budget="full", budget_seed=0)
-    games = Games(SETTING, [(WINDOWS[0],), (WINDOWS[1],), (other,)], lambda build, game: 0.0)
+    games = Games(SETTING, [(WINDOWS[0],), (WINDOWS[1],), (other,)], SHARES, lambda build, game: 0.0)
     assert games.by_source([0.2, 0.4, 0.9]) == pytest.approx({"burst": 0.3, "azure_conv": 0.9})
     assert games.score([0.2, 0.4, 0.9]) == pytest.approx(0.6)
     assert games.score([0.2]) == pytest.approx(0.2)

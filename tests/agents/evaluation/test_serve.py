@@ -43,8 +43,10 @@ def test_a_policy_loses_utility_if_the_entry_that_it_needs_most_comes_from_anoth
     assert ["nothing", f"{unchanged:.4f}", "0.0 %", "0.0 %", "0.0 %"] in cells(ablation_markdown(two, "windows"))
 
 
-@pytest.mark.parametrize(("measure", "name"), [(measure_serve, "serve"), (measure_cluster, "cluster")])
-def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("measure", "name", "named"), [(measure_serve, "serve", "windows"), (measure_cluster, "cluster", "clusters")]
+)
+def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str, named: str, tmp_path: Path) -> None:
     few = {"scenarios": ["roomy/published"], "serve_sources": ["gamma"], "serve_windows": 1}
     few |= {"cluster_sources": ["gamma"], "cluster_each": 1}
     cfg = OmegaConf.structured(EvaluateConfig(claim="none", baselines=["dense", "int4"], **few))
@@ -61,6 +63,13 @@ def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str
     assert played[0] == played[1]
     made = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert [replay["policies"] for replay in made["replayed"]] == [["dense"]]
+    if name == "serve":
+        with pytest.raises(ConfigError, match=r"no scenario mid/none; set scenarios=\[roomy/published\]"):
+            measure(OmegaConf.merge(cfg, {"scenarios": ["mid/none"]}), tmp_path)
+    cfg.serve_windows, cfg.cluster_each = 2, 2
+    with pytest.raises(ConfigError, match=rf"only: .* has results of other {named} \(split validation\)"):
+        measure(cfg, tmp_path)
+    pd.testing.assert_frame_equal(pd.read_parquet(path), again)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +79,7 @@ def test_a_rule_played_again_replaces_its_own_rows_alone(measure: Any, name: str
         ("serve_windows", -1, "serve_windows is -1"),
         ("serve_oracle", -1, "serve_oracle is -1; it must be at least 0"),
         ("serve_sources", [], "serve_sources is empty"),
+        ("serve_sources", ["gamma", "burst", "gamma"], "serve_sources has gamma more than once; name each trace once"),
     ],
 )
 def test_an_evaluation_that_would_play_no_window_is_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
