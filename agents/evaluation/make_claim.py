@@ -44,6 +44,8 @@ WRITERS: Mapping[str, Callable[[DictConfig], Path]] = {
     "cluster": write_cluster_claim,
     "roles": write_roles_claim,
 }
+KEYS = {"serve": "claim", "cluster": "cluster_claim", "roles": "roles_claim"}
+"""The key that names the file of a task's claim."""
 
 
 def _run(cfg: DictConfig) -> None:
@@ -57,8 +59,11 @@ def _run(cfg: DictConfig) -> None:
     cfg, notes = present(cfg, default)
     for note in notes:
         print(note)
-    path = WRITERS[task](cfg)
     others = [override for override in HydraConfig.get().overrides.task if not override.startswith("tasks=")]
+    if any(override.partition("=")[0].strip("+~") == "out" for override in others):
+        key = KEYS[task]
+        raise ConfigError(f"out names the folder of the results; to write the claim elsewhere, set {key}=FILE.json")
+    path = WRITERS[task](cfg)
     changed = "".join(f" {shlex.quote(override)}" for override in others)
     print(f"wrote {path}\ncommit it, then play it once:")
     print(f"  python -m agents.evaluate 'tasks=[{task}]' out=docs/results/agents{changed}")

@@ -36,6 +36,8 @@ from sim.results.plots import COLORS, figure_file
 REFERENCE = "dense"
 FEWEST_BLOCKS = 6
 """A bootstrap of fewer blocks is no interval: with two, a trace's would have three possible values."""
+EASY, HOPELESS = 0.99, 0.1
+"""Windows in which some rule has a higher utility, or none does, say little about the choice of a policy."""
 SHOWN = 12
 """Rules in tables by trace, scenario, load and budget: those with the highest utility."""
 SPECS = {"windows": ",d", "utility": ".4f", "SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f"}
@@ -215,6 +217,44 @@ def claims_held(frame: pd.DataFrame, ours: str, found: Mapping[str, Any]) -> lis
     ]
 
 
+def easy_and_hopeless(frame: pd.DataFrame, ours: str | None, simple: str) -> dict[str, Any] | None:
+    """Return how many windows decide little, and how a policy stands without them; None where there are none.
+
+    A window is easy if some rule has a utility above ``EASY``, and hopeless if none has more than ``HOPELESS``.
+
+    Returns:
+        Counts of ``easy`` windows and of those of them that ``dense`` serves so, ``hopeless``, and ``against_simple``:
+        a policy minus the best rule on all other windows.
+    """
+    by_window = frame[frame["policy"].isin(rules_of(frame))].groupby("window")["utility"].max()
+    dense = frame[frame["policy"] == REFERENCE].set_index("window")["utility"]
+    easy, hopeless = by_window[by_window > EASY].index, by_window[by_window <= HOPELESS].index
+    if easy.empty and hopeless.empty:
+        return None
+    others = frame[~frame["window"].isin([*easy, *hopeless])]
+    source = frame[frame["window"].isin(easy)].drop_duplicates("window")["source"]
+    return {
+        "easy": len(easy),
+        "easiest": source.value_counts().index[0] if len(easy) else "",
+        "of_easiest": int(source.value_counts().iloc[0]) if len(easy) else 0,
+        "dense": int((dense > EASY).sum()),
+        "hopeless": len(hopeless),
+        "against_simple": signed(against(others, ours, simple)) if ours and len(others) else "",
+    }
+
+
+def oracle_shares(frame: pd.DataFrame, ours: str, column: str) -> list[dict[str, Any]]:
+    """Return, for each kind in a column, the share of oracle_search's utility that a policy reaches."""
+    part = common(frame, (ours, "oracle_search"))
+    rows = []
+    for kind in part[column].unique().tolist():
+        one = part[part[column] == kind]
+        high = trace_mean(one, "oracle_search")
+        row = {column: str(kind), "windows": one["window"].nunique(), "its utility": high}
+        rows.append(row | {f"share of it, {ours}": trace_mean(one, ours) / high})
+    return rows
+
+
 def share_interval(frame: pd.DataFrame, ours: str, oracle: str) -> str:
     """Return the 95 % interval of the share of an oracle's utility; the frame has the windows that both played."""
     windows = frame.drop_duplicates("window").sort_values("window")
@@ -341,6 +381,7 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         if ours and 0 < len(few_blocks(frame)) < frame["source"].nunique()
         else "",
         "same_rate": same_rate(frame),
+        "decided": easy_and_hopeless(frame, ours, found["simple"]),
         "claims": table(
             [{**row, "holds": {True: "yes", False: "**no**", None: "-"}[row["holds"]]} for row in found["claims"]],
             {},
@@ -355,6 +396,11 @@ def serve_context(folder: Path) -> dict[str, Any] | None:
         "verdict": found,
         "best": {column: table(rows, specs) for column, rows in best.items()},
         "oracles": table(found["oracles"], specs | shares) if found["oracles"] else "",
+        "oracle_shares": [
+            table(oracle_shares(frame, ours, column), specs | shares) for column in ("source", "scenario")
+        ]
+        if ours and any(row["oracle"] == "oracle_search" for row in found["oracles"])
+        else [],
         "kinds": {
             column: by_kind(frame, shown, {column: prefix})
             for column, prefix in (("source", ""), ("scenario", ""), ("load", "load "), ("budget", ""))

@@ -131,6 +131,7 @@ def _check_values(cfg: DictConfig, changed: Sequence[tuple[str, Sequence[Any]]])
     for key, values in changed:
         before = OmegaConf.select(cfg, key, throw_on_missing=False)
         for value in values:
+            _check_dots(cfg, key, value)
             _check_kind(key, value, before)
             try:
                 # As Hydra does: a mapping of some keys keeps the others.
@@ -140,6 +141,19 @@ def _check_values(cfg: DictConfig, changed: Sequence[tuple[str, Sequence[Any]]])
             if key in LIMITS:
                 _check_limit(key, value)
             _check_target_of(cfg, key)
+
+
+def _check_dots(cfg: DictConfig, key: str, value: Any) -> None:
+    """Check that a key does not go on below one whose own keys hold dots, such as those of a window or a policy."""
+    parts = key.split(".")
+    for at in range(len(parts) - 1, 0, -1):
+        above, name = ".".join(parts[:at]), ".".join(parts[at:])
+        node = OmegaConf.select(cfg, above, throw_on_missing=False)
+        if OmegaConf.is_dict(node):
+            if "." in name and name in node:
+                remedy = shlex.quote(f"{above}={{{name}: {value}}}")
+                raise ConfigError(f"{key}: {name} is one key of {above}; to change it and keep the others: {remedy}")
+            return
 
 
 def _check_kind(key: str, value: Any, before: Any) -> None:

@@ -32,11 +32,20 @@ from sim.progress import progress
 from sim.replay.loop import replay
 from sim.replay.max_rate import all_at_once, is_measured, rate_figures, without_queue_limit
 from sim.replay.watch import Watched, outside_share, quality_note
-from sim.results.metrics import Slo, iterations_frame, kept_share_frame, records_frame, summarise, transitions_frame
+from sim.results.metrics import (
+    Slo,
+    iterations_frame,
+    kept_share_frame,
+    met_slo,
+    records_frame,
+    summarise,
+    transitions_frame,
+)
 from sim.results.plots import plot_replay
 from sim.results.records import Iterations, Records, TokenGaps, Transitions
 from sim.results.report import print_summary
 from sim.results.run_folder import begin_run, provenance, write_begun, write_json, write_parquet
+from sim.results.utility import utility
 from sim.traces.sessions import turn_numbers
 from sim.traces.trace import Trace
 from sim.traces.transforms import apply_steps
@@ -259,6 +268,16 @@ def quality_figures(cfg: DictConfig, plans: list[tuple[float, Plan]], iterations
     return {"quality_outside_share": outside, "quality_note": quality_note(quality, plans, outside)}
 
 
+def utility_of(cfg: DictConfig, records: Records, slo: Slo, front_end: FrontEnd = NO_FRONT_END) -> float | None:
+    """Return the utility of the requests of a run (``sim.results.utility``); None where their quality is unknown."""
+    quality = quality_of(cfg)
+    if quality is None:
+        return None
+    dense_nll = quality.nll(dense_plan(build(cfg.model)))
+    found = utility(met_slo(records, slo, front_end), records.quality_nll, dense_nll)
+    return None if math.isnan(found) else found
+
+
 def server_figures(cfg: DictConfig, first_plan: Plan, budget: Sequence[tuple[float, int]]) -> dict[str, Any]:
     """Return what no table of a run folder says of its server, the content of ``server.json``.
 
@@ -358,6 +377,7 @@ def run_replay(
     with contextlib.suppress(KeyboardInterrupt):  # the replay itself is complete
         summary |= {} if interrupted or late else measured_rate(cfg, trace, summary, policy)
     with interrupts_held_back():
+        summary |= {"utility": utility_of(cfg, records, slo, front_end)}
         summary |= quality_figures(cfg, seen.plans, iterations)
         if note:
             summary |= {"quality_outside_share": None, "quality_note": note}

@@ -32,6 +32,7 @@ from sim.replay.run import (
     replay_with,
     server_figures,
     turn_columns,
+    utility_of,
     write_tables,
 )
 from sim.replay.watch import Watched
@@ -108,8 +109,11 @@ def replay_case(cfg: DictConfig) -> Outcome:
     seen = Watched(policy)
     with cpu_clock() as cpu_s:
         replay_with(cfg, trace, engine, policy if isinstance(policy, Fixed) else seen)
-        summary = figures(engine, build(cfg.slo), cpu_s=cpu_s(), front_end=front_end_of(cfg))
+        slo, front_end = build(cfg.slo), front_end_of(cfg)
+        summary = figures(engine, slo, cpu_s=cpu_s(), front_end=front_end)
+    records = engine.records()
     summary |= measured_rate(cfg, trace, summary)
+    summary["utility"] = utility_of(cfg, records, slo, front_end)
     iterations = engine.iterations()
     end_s = float(iterations.end_s[-1]) if len(iterations) else 0.0
     summary["low_precision_share"] = time_mean(seen.low, end_s)
@@ -121,7 +125,7 @@ def replay_case(cfg: DictConfig) -> Outcome:
     budget = engine.budget.steps
     return Outcome(
         summary,
-        engine.records(),
+        records,
         iterations,
         engine.transitions(),
         engine.kept_share(),

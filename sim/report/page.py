@@ -95,7 +95,7 @@ def figure_rows(runs: Sequence[RunData]) -> list[list[str]]:
 def _complete(run: RunData) -> dict[str, Any]:
     """Return a summary with every key of the table; None for what another command's or an older summary lacks."""
     client = {f"client_{name}": run.summary[name] for name in ("ttft_s", "e2e_s")}
-    return {**dict.fromkeys(FIGURES), **client, **run.summary, "perplexity_ratio": run.perplexity_ratio}
+    return {**dict.fromkeys((*FIGURES, "utility")), **client, **run.summary, "perplexity_ratio": run.perplexity_ratio}
 
 
 def latency_rows(runs: Sequence[RunData]) -> list[list[str]]:

@@ -65,6 +65,7 @@ def print_summary(summary: Mapping[str, Any], title: str, console: Console | Non
     console = console or Console()
     rates = {
         "SLO attainment": _percent(summary["slo_attainment"]),
+        **({} if summary.get("utility") is None else {"utility": shown_number(summary["utility"])}),
         "goodput_rps": shown_number(summary["goodput_rps"]),
         "request_rate_rps": shown_number(summary["request_rate_rps"]),
         **_rates_shown(summary),
@@ -142,6 +143,10 @@ averaged over time.
 """
 
 
+UTILITY_COLUMNS = {"utility": ("utility", 1.0, 3, "")}
+"""Columns of runs whose utility is known (``sim.results.utility``), next to their SLO attainment."""
+
+
 CLIENT_COLUMNS = {"client TTFT P95 (s)": ("client_ttft_s.p95", 1.0, 2, "")}
 """Columns of runs with a front end, in addition."""
 
@@ -169,6 +174,9 @@ Columns = Mapping[str, tuple[str, float, int, str]]
 def columns_of(rows: Mapping[str, Sequence[Mapping[str, Any]]], columns: Columns = SUMMARY_COLUMNS) -> Columns:
     """Return the columns of a table of these rows: ``columns``, and others that some row needs."""
     summaries = [summary for row in rows.values() for summary in row]
+    if "SLO attainment" in columns and any(summary.get("utility") is not None for summary in summaries):
+        at = 1 + list(columns).index("SLO attainment")
+        columns = dict([*list(columns.items())[:at], *UTILITY_COLUMNS.items(), *list(columns.items())[at:]])
     seen = CLIENT_COLUMNS if any(map(_has_front_end, summaries)) else {}
     rates = RATE_COLUMNS if any(summary.get("max_rate_rps") is not None for summary in summaries) else {}
     return {**columns, **seen, **rates}

@@ -15,6 +15,7 @@ from sim.table.index import COMPLETE, FAILED, Run, find_runs
 
 SHOWN = {
     "slo_attainment": ("SLO", ".1%"),
+    "utility": ("utility", ".4f"),
     "ttft_s.p50": ("TTFT P50, s", ".3f"),
     "ttft_s.p95": ("TTFT P95, s", ".3f"),
     "tpot_s.p50": ("TPOT P50, s", ".4f"),

@@ -1,7 +1,7 @@
 """Every entry that a serving policy observes, computed by hand for one server.
 
-The numbers below are literals or plain arithmetic on the states, and no two entries are equal. So an entry in another
-unit, or one that shows the value of another, fails here even if both implementations agree.
+The numbers below are literals or plain arithmetic on the states, and no two entries are equal in all of them. So an
+entry in another unit, or one that shows the value of another, fails here even if both implementations agree.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def seen(values: dict[str, object]) -> np.ndarray:
     return row
 
 
-def observed(terms: Terms, *, low_bits: bool = True) -> list[np.ndarray]:
+def observed(
+    terms: Terms, *, low_bits: bool = True, second: dict[str, Any] = SECOND, action: int = ACTION
+) -> list[np.ndarray]:
     """Return the second observation by both implementations."""
     actions = ACTIONS if low_bits else ACTIONS.without_low_bits()
     one = ServeObserver(MODEL, actions, BLOCK_BYTES, terms)
@@ -173,25 +175,33 @@ def observed(terms: Terms, *, low_bits: bool = True) -> list[np.ndarray]:
     many = ServeObservers(MODEL, ACTIONS, BLOCK_BYTES, 1, terms.tpot_s)
     many.begin(0, low_bits=low_bits, low_loss=terms.low_loss)
     many(seen(FIRST))
-    many.action[0], many.changed_s[0] = ACTION, CHANGED_S
-    return [one(state(SECOND), Choice(ACTION, CHANGED_S)), many(seen(SECOND))[0]]
+    many.action[0], many.changed_s[0] = action, CHANGED_S
+    return [one(state(second), Choice(action, CHANGED_S)), many(seen(second))[0]]
+
+
+NO_COPY = EXPECTED | {"copying": 0.0, "level_admit": 2.0 / 3.0, "run_limit": 1.0}
+"""Nothing is copied, and the third of the limits holds: the second wait, and no limit of what runs."""
 
 
 def test_every_entry_shows_its_own_value_in_its_unit() -> None:
     assert [entry.name for entry in SERVE_ENTRIES] == list(EXPECTED)
     assert SERVE_ENTRIES[: len(SERVER_ENTRIES)] == SERVER_ENTRIES
-    assert len({round(value, 6) for value in EXPECTED.values()}) == len(EXPECTED) - 2, (
-        "only the two flags and the last of the limits are equal"
-    )
-    for values in observed(TERMS):
-        for entry, value in zip(SERVE_ENTRIES, values, strict=True):
-            assert value == pytest.approx(EXPECTED[entry.name], rel=1e-5), entry.name
+    both = {(round(EXPECTED[name], 6), round(NO_COPY[name], 6)) for name in EXPECTED}
+    assert len(both) == len(EXPECTED)  # so an entry that shows another's value is wrong in one of the two
+    for expected, shown in (
+        (EXPECTED, observed(TERMS)),
+        (NO_COPY, observed(TERMS, second=SECOND | {"incoming_bytes": 0}, action=ACTION - 1)),
+    ):
+        for values in shown:
+            for entry, value in zip(SERVE_ENTRIES, values, strict=True):
+                assert value == pytest.approx(expected[entry.name], rel=1e-5), entry.name
 
 
 def test_a_server_without_low_precision_copies_or_a_tpot_target_says_so() -> None:
+    expected = EXPECTED | {"low_bits": 0.0, "low_loss": 0.0, "tpot_headroom": 1.0}
     for values in observed(Terms(low_loss=0.03), low_bits=False):
-        named = dict(zip((entry.name for entry in SERVE_ENTRIES), values.tolist(), strict=True))
-        assert (named["low_bits"], named["low_loss"], named["tpot_headroom"]) == (0.0, 0.0, 1.0)
+        for entry, value in zip(SERVE_ENTRIES, values, strict=True):
+            assert value == pytest.approx(expected[entry.name], rel=1e-5), entry.name
 
 
 def test_plans_at_low_precision_are_illegal_without_copies() -> None:

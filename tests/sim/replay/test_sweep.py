@@ -106,6 +106,8 @@ def test_low_precision_and_quality_are_those_of_the_plan_that_ran() -> None:
     assert [found[name]["low_precision_share"] for name in found] == [0.0, 0.25, 1.0]
     published = (1.0, 5.504 / 5.472, 5.600 / 5.472)  # MorphServe, the first 0, 8 and 32 layers at W4
     assert [found[name]["perplexity_ratio"] for name in found] == pytest.approx(published, rel=1e-9)
+    for name, ratio in zip(found, published, strict=True):  # all requests of a run have one plan
+        assert found[name]["utility"] == pytest.approx(found[name]["slo_attainment"] / ratio, rel=1e-9)
     assert found["dense"]["recomputed_tokens"] == 0 == found["dense"]["preemptions"]
 
 
