@@ -45,6 +45,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Check that ``write_whole`` can write a file, before the work whose result it holds.
+
+    Raises:
+        ConfigError: if it is a device, a pipe or a folder. OSError: if its folder cannot be made or written.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no regular file, so it cannot be written; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with errors_name(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 @contextlib.contextmanager
 def errors_name(path: Path) -> Iterator[None]:
     """Let an error of the system inside the ``with`` block name ``path`` if it names no file, as those of a write."""

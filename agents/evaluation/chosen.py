@@ -124,6 +124,20 @@ def chosen_rules(policies: Mapping[str, Any], names: Sequence[str] | None) -> di
     return dict(policies) if names is None else {name: policies[name] for name in policies if name in names}
 
 
+def check_learned_names(cfg: DictConfig, rules: Sequence[str]) -> None:
+    """Check that no learned policy has the name of a rule, whose rows it would replace.
+
+    Args:
+        cfg: an ``EvaluateConfig``. rules: names of all rules.
+    Raises:
+        ConfigError: for such a name.
+    """
+    for key in (key for key in GLOBS if "curves" not in key):
+        for name in map(str, cfg[key]):
+            if name in rules or name.startswith(("by_load", "fixed_")):
+                raise ConfigError(f"{key}: {name} is the name of a rule; call it otherwise, such as my_{name}")
+
+
 def check_rules(names: Sequence[str] | None, known: Sequence[str]) -> None:
     """Check the names of ``baselines``.
 

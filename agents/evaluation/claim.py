@@ -117,10 +117,16 @@ def claim_path(file: str, key: str = "claim") -> Path:
     Args:
         file: the value of ``key``.
     Raises:
-        ConfigError: for none, which names no file.
+        ConfigError: for none, which names no file; for a file outside of the repository, where it cannot be committed;
+            or for one that holds something else.
     """
     if file == "none":
         raise ConfigError(f"{key} is none, with which no claim is played; name the file to write, or leave {key} out")
+    path = (REPOSITORY / file).resolve()
+    if not path.is_relative_to(REPOSITORY.resolve()) or path.suffix != ".json":
+        raise ConfigError(f"{key} is {file}; a claim is a JSON file in the repository, such as docs/claim.json")
+    if path.exists() and "comparison" not in read_json_object(path, ConfigError, f"set {key} to another file"):
+        raise ConfigError(f"{path} is no claim; set {key} to another file, which does not exist yet")
     return REPOSITORY / file
 
 

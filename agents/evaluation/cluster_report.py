@@ -16,6 +16,7 @@ from agents.evaluation.tables import (
     plot_training,
     policies_of,
     read_if_there,
+    read_rows,
     seconds_of,
     signed,
     standing,
@@ -83,7 +84,7 @@ def cluster_context(folder: Path) -> dict[str, Any] | None:
     """Return what the template shows, and write cluster.png; None where nothing was evaluated."""
     if not (folder / "cluster.json").exists():  # written last
         return None
-    frame = pd.read_parquet(folder / "cluster.parquet")
+    frame = read_rows(folder / "cluster.parquet")
     made: dict[str, Any] = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
     curves, routers = (read_if_there(folder / f"cluster_{name}.parquet") for name in ("training", "routers"))
     oracles = [name for name in policies_of(frame, ORACLES) if name in ORACLES]

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from agents.evaluation.ablation import shuffled_windows
-from agents.evaluation.chosen import allow_new_names, check_rules, glob_files, present, replaced
+from agents.evaluation.chosen import allow_new_names, check_learned_names, check_rules, glob_files, present, replaced
 from agents.evaluation.claim import policy_hashes
 from agents.evaluation.cluster_report import cluster_table_markdown
 from agents.evaluation.measure import measure_prune
@@ -27,6 +27,8 @@ from agents.evaluation.roles_report import roles_table_markdown
 from agents.evaluation.rules import RULES
 from agents.evaluation.serve import ORACLES
 from agents.evaluation.serve_report import serve_table_markdown
+from agents.evaluation.tables import read_rows
+from sim.atomic import sole_writer
 from sim.config import CONF_DIR, one_thread, run_command
 from sim.errors import ConfigError, nearest
 from sim.results.run_folder import provenance, write_json, write_parquet
@@ -135,7 +137,16 @@ def evaluate(cfg: DictConfig, console: Console) -> None:
     for task in cfg.tasks:
         if task not in TASKS:
             raise ConfigError(f"tasks: there is no task {task!r}; {nearest(task, TASKS)}")
-    check_rules(cfg.baselines, sorted({*NOT_LEARNED, *RULES, *ORACLES}))
+    if not cfg.tasks:
+        raise ConfigError(f"tasks is empty; name at least one of {', '.join(TASKS)}")
+    rules = sorted({*NOT_LEARNED, *RULES, *ORACLES})
+    check_rules(cfg.baselines, rules)
+    check_learned_names(cfg, rules)
+    with sole_writer(folder, instead="set out=FOLDER to another folder"):
+        _evaluate_into(cfg, folder, console)
+
+
+def _evaluate_into(cfg: DictConfig, folder: Path, console: Console) -> None:
     if cfg.measure:
         default: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "evaluate.yaml"), resolve=False)
         cfg, notes = present(cfg, default)
@@ -151,7 +162,7 @@ def evaluate(cfg: DictConfig, console: Console) -> None:
         )
     page = f"{write_report(folder)}, " if is_complete(folder) else ""
     for name in measured:
-        frame = pd.read_parquet(folder / f"{name}.parquet")
+        frame = read_rows(folder / f"{name}.parquet")
         console.print(TABLES[name](frame), highlight=False, soft_wrap=True, markup=False)
     console.print(f"files: {page}{folder}", highlight=False, soft_wrap=True, markup=False)
 

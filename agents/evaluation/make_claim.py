@@ -46,6 +46,11 @@ WRITERS: Mapping[str, Callable[[DictConfig], Path]] = {
 }
 KEYS = {"serve": "claim", "cluster": "cluster_claim", "roles": "roles_claim"}
 """The key that names the file of a task's claim."""
+NOT_CLAIMED = {
+    "out": "is the folder of the results, and nothing that is claimed",
+    "only": "plays some policies again, after all that was claimed",
+    "measure": "is for agents.evaluate",
+}
 
 
 def _run(cfg: DictConfig) -> None:
@@ -60,9 +65,9 @@ def _run(cfg: DictConfig) -> None:
     for note in notes:
         print(note)
     others = [override for override in HydraConfig.get().overrides.task if not override.startswith("tasks=")]
-    if any(override.partition("=")[0].strip("+~") == "out" for override in others):
-        key = KEYS[task]
-        raise ConfigError(f"out names the folder of the results; to write the claim elsewhere, set {key}=FILE.json")
+    for key, reason in NOT_CLAIMED.items():
+        if any(override.partition("=")[0].strip("+~") == key for override in others):
+            raise ConfigError(f"{key} {reason}; the file of the claim is {KEYS[task]}=FILE.json")
     path = WRITERS[task](cfg)
     changed = "".join(f" {shlex.quote(override)}" for override in others)
     print(f"wrote {path}\ncommit it, then play it once:")

@@ -23,6 +23,7 @@ from agents.evaluation.ablation import shuffled_loads
 from agents.evaluation.chosen import chosen_rules, glob_files
 from agents.evaluation.prune import evaluate_prune, with_losses
 from agents.evaluation.prune_report import unseen_loads
+from agents.evaluation.tables import read_rows
 from sim.cost.model_spec import load_model
 from sim.cost.quality import QUALITIES
 from sim.errors import ConfigError, nearest
@@ -160,7 +161,7 @@ def write_rows(cfg: DictConfig, path: Path, played: pd.DataFrame) -> None:
 
 def _replaced_rows(path: Path, played: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a result file in which those of the policies just played replace the old ones, in place."""
-    before = pd.read_parquet(path)
+    before = read_rows(path)
     names = list(dict.fromkeys([*before["policy"], *played["policy"]]))
     rows = pd.concat([before[~before["policy"].isin(played["policy"])], played])
     return rows.sort_values("policy", key=lambda policy: policy.map(names.index), kind="stable", ignore_index=True)
@@ -175,6 +176,8 @@ def read_summary(path: Path, cfg: DictConfig) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"only: {path} is missing, so there are no rows to replace; run without only= first")
     summary = read_json_object(path, ConfigError, "run without only= first")
+    if not isinstance(summary.get("replayed", []), list):
+        raise ConfigError(f"{path} has no list under replayed; delete it, and run without only= first")
     earlier = [
         {**replay, "policies": [name for name in replay["policies"] if name not in cfg.only]}
         for replay in summary.get("replayed", [])
@@ -191,10 +194,28 @@ def write_curves(cfg: DictConfig, path: Path, globs: DictConfig) -> None:
         write_parquet(path, _replaced_rows(path, curves) if cfg.only and path.is_file() else curves)
 
 
+def _read_curve(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no progress.csv of a training ({str(error).partition(chr(10))[0]})") from error
+
+
+def tuned_before(summary: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return the rules and their parameters that a result file states, for ``only``.
+
+    Raises:
+        ConfigError: if it states none.
+    """
+    if not isinstance(summary.get("tuned"), Mapping):
+        raise ConfigError(f"{path} states no parameters of rules; run without only= first")
+    return summary["tuned"]  # type: ignore[no-any-return]
+
+
 def training_curves(globs: DictConfig) -> pd.DataFrame:
     """Return the rows of several progress.csv, with the columns policy and seed added."""
     curves = [
-        pd.read_csv(path).assign(policy=str(name), seed=seed)
+        _read_curve(path).assign(policy=str(name), seed=seed)
         for name, glob in globs.items()
         for seed, path in enumerate(glob_files(str(glob)))
     ]

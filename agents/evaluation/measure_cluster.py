@@ -42,6 +42,7 @@ from agents.evaluation.measure import (
     sources_of,
     split_of,
     training_seconds,
+    tuned_before,
     write_curves,
     write_rows,
 )
@@ -153,7 +154,7 @@ def measure_cluster(cfg: DictConfig, folder: Path) -> None:
     """
     split = split_of(cfg, "cluster_claim")
     before = read_summary(folder / "cluster.json", cfg) if cfg.only else None
-    played = clusters_played(cfg, split, None if before is None else before["tuned"])
+    played = clusters_played(cfg, split, None if before is None else tuned_before(before, folder / "cluster.json"))
     clusters = clusters_claimed(cfg, played)["clusters"]
     if before is not None:
         check_same_played(before, split, "clusters", clusters, folder)

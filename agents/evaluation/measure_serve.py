@@ -20,7 +20,7 @@ from agents.envs.serve_lists import Listed, check_scenarios, listed_windows, sce
 from agents.envs.serve_sources import sources_with
 from agents.envs.serve_windows import check_sources
 from agents.evaluation.chosen import glob_files
-from agents.evaluation.claim import check_claim, claimed, policy_hashes
+from agents.evaluation.claim import check_claim, claim_commits, claimed, policy_hashes
 from agents.evaluation.measure import (
     check_any,
     check_same_played,
@@ -29,6 +29,7 @@ from agents.evaluation.measure import (
     sources_of,
     split_of,
     training_seconds,
+    tuned_before,
     write_curves,
     write_rows,
 )
@@ -37,6 +38,7 @@ from agents.evaluation.serve import MEMBERS, ORACLES, Match, evaluate_serve, fir
 from agents.evaluation.tuning import rules_tuned_to, tuned_folder, tuned_rules
 from agents.evaluation.unfinished import Unfinished
 from sim.errors import ConfigError
+from sim.paths import REPOSITORY
 from sim.policies.learned import read_learned
 from sim.progress import say
 from sim.results.run_folder import commit, provenance, write_json
@@ -114,8 +116,10 @@ def measure_serve(cfg: DictConfig, folder: Path) -> None:
         ConfigError: for the test windows without a committed claim that fits, or with results of the same claim.
     """
     split = split_of(cfg, "claim")
+    if split == "test":
+        claim_commits(REPOSITORY / str(cfg.claim))  # a missing claim is an error before the windows are read
     before = read_summary(folder / "serve.json", cfg) if cfg.only else None
-    played = what_is_played(cfg, split, None if before is None else before["tuned"])
+    played = what_is_played(cfg, split, None if before is None else tuned_before(before, folder / "serve.json"))
     matches, oracles = played.matches, played.oracles
     check_any({**next(iter(matches.values())).policies, **dict.fromkeys(oracles)}, "serve")
     summary = provenance(0) if before is None else before

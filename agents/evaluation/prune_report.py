@@ -17,6 +17,7 @@ from agents.evaluation.tables import (
     plot_training,
     policies_of,
     read_if_there,
+    read_rows,
     signed,
     standing,
 )
@@ -184,7 +185,7 @@ def prune_figure(folder: Path, frame: pd.DataFrame, curves: pd.DataFrame | None)
 
 def prune_context(folder: Path) -> dict[str, Any]:
     """Return what the template shows, and write prune.png."""
-    frame, unseen = pd.read_parquet(folder / "prune.parquet"), pd.read_parquet(folder / "prune_unseen.parquet")
+    frame, unseen = read_rows(folder / "prune.parquet"), read_rows(folder / "prune_unseen.parquet")
     made: dict[str, Any] = json.loads((folder / "prune.json").read_text(encoding="utf-8"))
     curves, ablation = (read_if_there(folder / name) for name in ("training.parquet", "prune_ablation.parquet"))
     prune_figure(folder, frame, curves)

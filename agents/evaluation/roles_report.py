@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from agents.evaluation.serve_report import against, trace_mean
-from agents.evaluation.tables import by_kind, policies_of, signed, standing
+from agents.evaluation.tables import by_kind, policies_of, read_rows, signed, standing
 from sim.pages.render import commit_of, table
 
 SPECS = {"SLO attainment": ".1%", "goodput (req/s)": ".2f", "TTFT P95 (s)": ".2f", "TPOT P95 (ms)": ".0f"}
@@ -56,7 +56,7 @@ def roles_context(folder: Path) -> dict[str, Any] | None:
     """Return what the template shows; None where nothing was evaluated."""
     if not (folder / "roles.json").exists():  # written last
         return None
-    frame = pd.read_parquet(folder / "roles.parquet")
+    frame = read_rows(folder / "roles.parquet")
     made: dict[str, Any] = json.loads((folder / "roles.json").read_text(encoding="utf-8"))
     kinds = {"source": "", "phases": "phases ", "outages": "outages "}
     return {

@@ -142,6 +142,8 @@ def play(cfg: DictConfig) -> dict[str, Any]:
     pairs = [(scenario, copies) for scenario in cfg.scenarios for copies in cfg.copies]
     if not pairs:
         raise ConfigError("scenarios or copies is empty; name at least one of each, such as scenarios=[tight]")
+    if cfg.windows < 1:
+        raise ConfigError(f"windows is {cfg.windows}; it must be at least 1 (windows of each trace and kind of budget)")
     with progress("playing", len(pairs), "scenarios") as report:
         for number, (scenario, copies) in enumerate(pairs):
             kwargs = scenario_kwargs(scenario, copies) | {"sources": list(cfg.sources)}

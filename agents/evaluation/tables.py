@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from agents.evaluation.statistics import Interval
+from sim.errors import ConfigError
 from sim.pages.render import table
 from sim.results.plots import line_style
 
@@ -108,4 +109,20 @@ def plot_training(axes: Any, curves: pd.DataFrame | None, steps: str = "environm
 
 def read_if_there(path: Path) -> pd.DataFrame | None:
     """Return a Parquet file as a frame; None where it was not measured."""
-    return pd.read_parquet(path) if path.exists() else None
+    return read_rows(path) if path.exists() else None
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Return the rows of a result file.
+
+    Raises:
+        ConfigError: for a file that is damaged or holds something else.
+    """
+    try:
+        rows = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{path} cannot be read ({reason}); delete it, and evaluate again without only=") from error
+    if "policy" not in rows:
+        raise ConfigError(f"{path} holds no results of policies; delete it, and evaluate again without only=")
+    return rows

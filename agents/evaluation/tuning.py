@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ from agents.evaluation.rules import (
     space_of,
 )
 from agents.evaluation.serve import play_window
+from sim.atomic import check_writable
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError
 from sim.paths import REPOSITORY
@@ -468,6 +470,7 @@ class TuneRulesConfig:
     add: bool = False
 
 
+LABEL = re.compile(r"\w[\w.-]*")
 ConfigStore.instance().store(name="tune_rules_schema", node=TuneRulesConfig)
 
 
@@ -498,9 +501,14 @@ def _run(cfg: DictConfig) -> None:
         if cfg[key] < 1:
             raise ConfigError(f"{key} is {cfg[key]}; it must be at least 1")
     names = None if cfg.baselines is None else list(cfg.baselines)
+    if names == []:
+        raise ConfigError("baselines is empty; name at least one rule, or null for all that can run there")
+    if cfg.label is not None and not LABEL.fullmatch(str(cfg.label)):
+        raise ConfigError(f"label is {cfg.label!r}; it must be a file name of letters, digits, _, - and dots")
     search = {key: int(cfg[key]) for key in ("trials", "each", "seed", "workers")}
     for label, kwargs in settings_of(cfg).items():
         path = Path(cfg.out) / f"{label}.json"
+        check_writable(path)
         content = tune(kwargs, task=cfg.task, names=names, **search, file=path if cfg.add else None)
         write_json(path, content)
         console = Console()

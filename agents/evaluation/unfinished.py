@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sim.errors import ConfigError
 from sim.progress import say
 from sim.results.run_folder import write_text
 
@@ -32,6 +33,8 @@ class Unfinished:
             path: the file; its folder is made if it is missing.
             played: all on which rows depend besides the code, as JSON.
             commit: of the code; with changes that are not committed (``-dirty``), nothing is kept between two starts.
+        Raises:
+            ConfigError: if the file has windows of another evaluation, which can still go on.
         """
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         code = f"{commit} {now}" if commit.endswith("-dirty") else commit
@@ -41,6 +44,13 @@ class Unfinished:
         ours = [line for line in before if line["key"] == self._key]
         self._rows: dict[int, Rows] = {line["window"]: line["rows"] for line in ours if "window" in line}
         self.begun: list[str] = [*(line["begun"] for line in ours if "begun" in line), now]
+        lasting = {line["key"] for line in before if not str(line.get("commit", "-dirty")).endswith("-dirty")}
+        others = [line for line in before if line["key"] in lasting - {self._key} and "window" in line]
+        if others:
+            raise ConfigError(
+                f"{path} keeps {len(others)} windows of another evaluation that was stopped; go on with its command, "
+                "set out=FOLDER to another folder, or delete this file"
+            )
         if self._rows:
             say(f"{len(self._rows)} windows were played before this evaluation was stopped: {path}")
         elif before:
@@ -49,7 +59,7 @@ class Unfinished:
                 "played again"
             )
         write_text(path, "".join(json.dumps(line) + "\n" for line in ours))
-        self._append({"begun": now})
+        self._append({"begun": now, "commit": commit})
 
     def __contains__(self, window: int) -> bool:
         return window in self._rows

@@ -35,6 +35,7 @@ from agents.envs.serve_lists import FILE, SCENARIOS, SHARES, check_scenarios, me
 from agents.envs.serve_pool import reference_attainment
 from agents.envs.serve_sources import serve_split, source_of, sources_with
 from agents.envs.serve_windows import Window
+from sim.atomic import check_writable
 from sim.config import one_thread, run_command
 from sim.errors import ConfigError
 from sim.progress import progress, say
@@ -305,8 +306,11 @@ def lists_text(content: Mapping[str, Any]) -> str:
 
 
 def _run(cfg: DictConfig) -> None:
-    content = made_lists(cfg.sources, cfg.scenarios)
+    if not cfg.out and (cfg.sources is not None or cfg.scenarios is not None):
+        raise ConfigError(f"sources and scenarios make a part of the lists of {FILE.name}; set out=FILE.json for it")
     path = Path(cfg.out) if cfg.out else FILE
+    check_writable(path)
+    content = made_lists(cfg.sources, cfg.scenarios)
     write_text(path, lists_text(content))
     for split in HELD_OUT:
         rows = [row for by_source in content["windows"][split].values() for row in by_source.values()]

@@ -11,6 +11,7 @@ import hashlib
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -405,7 +406,7 @@ def run_folders(runs: Any) -> list[Path]:
         ConfigError: for anything else, or if nothing matches.
     """
     patterns = [runs] if isinstance(runs, str) else runs
-    if not isinstance(patterns, list) or not all(isinstance(one, str) and one for one in patterns):
+    if not patterns or not isinstance(patterns, list) or not all(isinstance(one, str) and one for one in patterns):
         raise ConfigError(f"runs is {runs!r}; it must be a pattern or a list, such as 'runs=runs/train/mine/seed_*'")
     found = []
     for pattern in patterns:
@@ -451,6 +452,13 @@ def shipped_policies() -> list[Path]:
     return sorted(SHIPPED.glob("*.json"))
 
 
+def _move_policy(made: Path, target: Path) -> None:
+    """Move the two files of a policy. A kill in between leaves no JSON file, and never one with other weights."""
+    target.unlink(missing_ok=True)
+    for suffix in (".safetensors", ".json"):
+        made.with_suffix(suffix).replace(target.with_suffix(suffix))
+
+
 def _run(cfg: DictConfig) -> None:
     if cfg.cards:
         for path in shipped_policies():
@@ -463,11 +471,15 @@ def _run(cfg: DictConfig) -> None:
     target = target_file(str(cfg.name), str(cfg.out), folders[0] if cfg.run else folders[0].parent)
     terms = {name: float(cfg[name]) for name in SERVING_TERMS if cfg[name] is not None}
     check_terms(best_policy(folders[0]), terms)
-    target = export(folders[0], target) if cfg.run else export_average(folders, target)
-    if cfg.guard:
-        add_guard(target)
-    if terms:
-        add_terms(target, terms)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export_") as folder:
+        made = Path(folder) / target.name
+        made = export(folders[0], made) if cfg.run else export_average(folders, made)
+        if cfg.guard:
+            add_guard(made)
+        if terms:
+            add_terms(made, terms)
+        _move_policy(made, target)
     learned = read_learned(target, policy_task(target))
     utility = learned.about.get("training", {}).get("validation_utility")
     validated = "" if utility is None else f", validation utility {utility:.4f}"

@@ -39,11 +39,11 @@ class Progress:
 
     def has_rows(self) -> bool:
         """Return whether the file has a row of an earlier run."""
-        return self.path.exists() and len(self.path.read_text(encoding="utf-8").splitlines()) > 1
+        return self.path.exists() and len(self.path.read_text(encoding="utf-8", errors="replace").splitlines()) > 1
 
     def rewind(self, iteration: int) -> None:
         """Drop the rows that a killed run wrote after its last checkpoint; the resumed run writes them again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         # A killed run may end with half a row; an earlier version may lack a column, which stays empty.
         rows = [row for row in csv.DictReader(lines) if _iteration(row) <= iteration]
         kept = [",".join(row.get(name) or "" for name in COLUMNS) for row in rows]

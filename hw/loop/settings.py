@@ -216,8 +216,11 @@ def run_config(cfg: DictConfig, window: str, policy: str, slowdown: float) -> Di
         for key in OWN_KEYS:
             del one[key]
         one.label = window
-    one = with_differences(one, dict(cfg.windows[window] or {}), f"windows.{window}")
-    one = with_differences(one, dict(cfg.policies[policy] or {}), f"policies.{policy}")
+    for key, label in (("windows", window), ("policies", policy)):
+        differences = cfg[key][label] or {}
+        if not isinstance(differences, Mapping):
+            raise ConfigError(f"{key}.{label} is {differences!r}; it must be a mapping, such as {{policy: dense}}")
+        one = with_differences(one, dict(differences), f"{key}.{label}")
     step = {"_target_": f"{scale_rate.__module__}.{scale_rate.__name__}", "_partial_": True, "factor": 1 / slowdown}
     with open_dict(one):
         one.slowdown = slowdown

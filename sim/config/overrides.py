@@ -73,6 +73,7 @@ def check_overrides(
                     option_path(key, value, folders)
             chosen.append(f"{override.get_key_element()}={values[0]}")
     composed = _compose_chosen(config_name, chosen, search)
+    _check_sweep(parsed, composed)
     keys = set(groups_of(composed))
     with open_dict(composed):
         del composed["hydra"]
@@ -88,6 +89,20 @@ def check_overrides(
             raise ConfigError(f"there is no key {key!r}; {_nearest_few(key, keys)}")
         changed.append((key, list(_values_of(override, ()))))
     _check_values(composed, changed)
+
+
+def _check_sweep(parsed: Sequence[Override], composed: DictConfig) -> None:
+    """Check that the jobs of a sweep do not write into one folder, where a command names it by ``out`` alone."""
+    if "out" not in composed or composed.hydra.run.dir != ".":
+        return
+    swept = [one.get_key_element() for one in parsed if one.is_sweep_override()]
+    out = next((str(one.value()) for one in parsed if one.get_key_element() == "out"), "")
+    if swept and swept != ["out"] and "${" not in out:
+        key = next(key for key in swept if key != "out")
+        raise ConfigError(
+            f"{', '.join(swept)} has several values, but all jobs would write into out={out or composed.out}; run them "
+            f"one by one, or put the key into the folder: {shlex.quote(f'out=runs/{key}_${{{key}}}')}"
+        )
 
 
 def _compose_chosen(config_name: str, chosen: Sequence[str], search: Sequence[str]) -> DictConfig:

@@ -39,6 +39,7 @@ class LearnedServe:
         ``run`` in place of it; None for neither. wait: limits the wait in place of the plan's own limit, so that the
         TTFT target is met; None leaves that. The network observes its own choice.
     room: what is added to the values of plans with too little room for KV; None adds nothing.
+    trained_tick_s: how often the network decided in training; None if unknown.
     """
 
     network: Network
@@ -49,6 +50,7 @@ class LearnedServe:
     run: PaceLimit | None = None
     wait: WaitLimit | None = None
     room: KvRoom | None = None
+    trained_tick_s: float | None = None
     choice: Choice = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +146,7 @@ def parts_of(
         "pace": pace,
         "run": run,
         "wait": wait,
+        "trained_tick_s": learned.about.get("tick_s"),
         "room": None if weight is None else kv_room(served.model, actions, float(weight)),
     }
 

@@ -28,7 +28,7 @@ from sim.engine.protocol import Engine, EngineConfig, check_hash_blocks
 from sim.engine.server_spec import ServerSpec, find_quality, named_quality
 from sim.engine.sim_engine import SimEngine
 from sim.policies import Fixed, Policy, PolicyContext, checked_policy
-from sim.progress import progress
+from sim.progress import progress, say
 from sim.replay.loop import replay
 from sim.replay.max_rate import all_at_once, is_measured, rate_figures, without_queue_limit
 from sim.replay.watch import Watched, outside_share, quality_note
@@ -187,6 +187,9 @@ def replay_with(
     """
     check_hash_blocks(engine.config, trace)
     tick_s = None if isinstance(policy, Fixed) else float(cfg.tick_s)  # a fixed plan needs no decisions
+    trained_s = getattr(policy.policy if isinstance(policy, Watched) else policy, "trained_tick_s", None)
+    if trained_s is not None and tick_s != trained_s:
+        say(f"the policy decided every {trained_s:g} s in training, and every {tick_s:g} s here: tick_s={trained_s:g}")
     changes_s = engine.budget.change_s[1:]
     replay(
         trace,

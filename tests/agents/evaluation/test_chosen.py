@@ -43,6 +43,23 @@ def test_a_table_on_the_command_line_replaces_the_names_and_a_single_name_adds_o
     assert "dqn" not in chosen("~learned.dqn").learned
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "learned={greedy_stop: a.json}",
+            "learned: greedy_stop is the name of a rule; call it otherwise, such as my_",
+        ),
+        ("serve_learned.dense=a.json", "serve_learned: dense is the name of a rule"),
+        ("serve_learned={oracle_search: a.json}", "serve_learned: oracle_search is the name of a rule"),
+        ("roles_learned={fixed_2: a.json}", "roles_learned: fixed_2 is the name of a rule"),
+    ],
+)
+def test_a_learned_policy_cannot_take_the_name_of_a_rule(argument: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(chosen("tasks=[prune]", argument), Console())
+
+
 def test_published_trainings_that_are_not_here_are_left_out_with_a_note() -> None:
     cfg = chosen("tasks=[prune]")
     cfg.learned = {"ppo": "runs/nowhere/*.json"}

@@ -19,7 +19,7 @@ from agents.evaluation.measure_serve import Played, measure_serve, what_is_playe
 from sim.config import CONF_DIR
 from sim.errors import ConfigError
 from sim.results.run_folder import write_json
-from tests.agents.helpers import begin_checkout, composed, git
+from tests.agents.helpers import begin_checkout, composed, git, run_module
 
 POLICY = CONF_DIR / "policy" / "learned_replica_llama2.json"
 
@@ -173,6 +173,30 @@ def test_a_claim_is_played_once_into_a_folder_and_later_claims_count_those_befor
     other = configuration("serve_windows=2")
     played = commit_claim(checkout, other)
     assert check_claim(other, played, results)["claims_before"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("none", "claim is none, with which no claim is played"),
+        ("notes.txt", "claim is notes.txt; a claim is a JSON file in the repository"),
+        ("../elsewhere.json", r"claim is \.\./elsewhere.json; a claim is a JSON file in the repository"),
+        ("other.json", "other.json is no claim; set claim to another file"),
+    ],
+)
+def test_a_claim_is_a_file_of_its_own_in_the_repository(checkout: Path, file: str, message: str) -> None:
+    (checkout / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match=message):
+        write_claim(configuration(f"claim={file}"))
+    assert (checkout / "other.json").read_text() == "{}"
+
+
+def test_what_is_no_part_of_a_claim_is_refused() -> None:
+    for key, reason in (("out=runs/x", "is the folder of the results"), ("only=[dense]", "plays some policies again")):
+        made = run_module("agents.claim", "tasks=[cluster]", key)
+        assert made.returncode == 2
+        assert f"{key.partition('=')[0]} {reason}" in made.stderr
+        assert "the file of the claim is cluster_claim=FILE.json" in made.stderr
 
 
 def test_claims_under_other_names_count_as_claims_before(checkout: Path, tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ import pytest
 from agents.evaluation.cluster_report import cluster_table_markdown, cluster_verdict
 from agents.evaluation.page import FOLDER, page, write_report
 from agents.evaluation.prune_report import REFERENCE, prune_table_markdown, verdict
-from agents.evaluation.serve_report import against_the_best, same_rate, serve_table_markdown, serve_verdict
+from agents.evaluation.serve_report import (
+    against_the_best,
+    easy_and_hopeless,
+    same_rate,
+    serve_table_markdown,
+    serve_verdict,
+)
+from agents.evaluation.tables import read_rows
+from sim.errors import ConfigError
 from sim.results.run_folder import write_json, write_parquet
 from tests.agents.helpers import SMALL_MODEL as MODEL
 from tests.sim.pages.test_render import cells
@@ -155,6 +163,41 @@ def test_the_verdict_on_serving_names_who_won_and_where(played: pd.DataFrame, tm
     for part in ("222222222222", "444444444444", "666666666666", "2026-01-02", "\n- Note A.\n"):
         assert part in text
     assert (tmp_path / "serve.png").stat().st_size > 10_000
+
+
+def test_a_damaged_result_file_is_an_error_that_names_it(tmp_path: Path, played: pd.DataFrame) -> None:
+    path = tmp_path / "serve.parquet"
+    write_parquet(path, played)
+    whole = path.read_bytes()
+    for damaged in (b"", b"PAR1", whole[:-10], b"policy,utility"):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"serve\.parquet cannot be read .*; delete it, and evaluate again"):
+            read_rows(path)
+    write_parquet(path, pd.DataFrame({"utility": [0.5]}))
+    with pytest.raises(ConfigError, match=r"serve\.parquet holds no results of policies"):
+        read_rows(path)
+
+
+def test_the_page_says_how_many_windows_decide_little() -> None:
+    found = easy_and_hopeless(
+        pd.DataFrame(
+            [
+                {"policy": policy, "window": window, "seed": 0, "source": "a", "block": window, "utility": utility}
+                for policy, utilities in {
+                    "dense": (0.995, 0.05, 0.2, 0.3),
+                    "int4": (0.999, 0.1, 0.4, 0.6),
+                    "learned_serve": (1.0, 0.9, 0.6, 0.7),
+                }.items()
+                for window, utility in enumerate(utilities)
+            ]
+        ),
+        "learned_serve",
+        "int4",
+    )
+    assert found is not None
+    assert (found["easy"], found["dense"], found["hopeless"]) == (1, 1, 1)
+    assert (found["easiest"], found["of_easiest"]) == ("a", 1)
+    assert found["against_simple"].startswith("+0.1500")
 
 
 def test_the_verdict_on_clusters_names_who_won_where_and_what_the_other_policies_learned(

@@ -47,11 +47,12 @@ from agents.evaluation.tuning import (
     tuned_folder,
     tuned_rules,
 )
+from sim.config import check_overrides
 from sim.errors import ConfigError
 from sim.policies.base import PolicyContext
 from sim.policies.tuned import FOLDER, tuned
 from sim.results.run_folder import write_json
-from tests.agents.helpers import composed
+from tests.agents.helpers import composed, run_module
 
 SETTING = ServeSetting()
 NO_LOW = ServeSetting(actions={**DEFAULT_ACTIONS, "low_layers": [0], "drops": [0, 4, 8, 12]})
@@ -319,6 +320,24 @@ def test_rules_are_added_to_a_file_of_the_same_search_alone(tmp_path: Path, monk
         tune(kwargs, names=["int4"], trials=3, each=2, file=path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("label=../mine",), "label is '../mine'; it must be a file name of letters, digits"),
+        (("baselines=[]",), "baselines is empty; name at least one rule, or null"),
+        (("out=README.md",), "README.md: File exists; name a file that can be read, or a folder"),
+    ],
+)
+def test_a_mistake_is_found_before_the_search(arguments: tuple[str, ...], message: str) -> None:
+    made = run_module(
+        "agents.tune_rules", "scenarios=[tight/none]" if "label" not in arguments[0] else "seed=1", *arguments
+    )
+    assert made.returncode != 0
+    assert message in made.stderr
+    assert "Traceback" not in made.stderr
+    assert "tuning rules" not in made.stderr
+
+
 def test_in_clusters_a_slow_rule_has_its_defaults_alone_and_tries_fewer_limits() -> None:
     limits = {"waits": [1.0, 1.5], "runs": [None, 48, 28, 16, 9, 5]}
     cluster = ClusterSetting(actions={**DEFAULT_ACTIONS, **limits}, slo="ttft_2s_tpot_100ms")
@@ -361,3 +380,12 @@ def test_an_evaluation_reads_the_rules_of_the_folder_that_it_names(
         tuned_folder(cfg)
     path, _ = a_file(tmp_path / "searched_longer")
     assert tuned_folder(cfg) == path.parent
+
+
+def test_a_sweep_into_one_folder_is_refused() -> None:
+    told = r"seed has several values, but .* out=runs/rules; .*'out=runs/seed_\$\{seed\}'"
+    with pytest.raises(ConfigError, match=told):
+        check_overrides(["seed=0,1", "out=runs/rules"], "tune_rules")
+    check_overrides(["seed=0,1", "out=runs/rules_${seed}"], "tune_rules")
+    check_overrides(["out=runs/a,runs/b"], "tune_rules")
+    check_overrides(["seed=0,1"], "train")  # each job has a folder of its own

@@ -14,6 +14,7 @@ from agents.evaluation import measure_serve as measured
 from agents.evaluation import serve
 from agents.evaluation.evaluate import EvaluateConfig
 from agents.evaluation.unfinished import Unfinished
+from sim.errors import ConfigError
 
 FILE = "serve_unfinished.jsonl"
 TIMES = ["decision_p50_s", "decision_p99_s"]
@@ -73,18 +74,22 @@ def test_a_stopped_evaluation_goes_on_and_equals_an_unbroken_one(
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("changed", [{"baselines": ["dense"]}, {"serve_windows": 2}])
-def test_windows_of_another_evaluation_are_played_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: dict[str, Any]
+def test_windows_of_another_evaluation_are_neither_used_nor_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
     with monkeypatch.context() as patched:
         stop_after(patched, 1)
         with pytest.raises(KeyboardInterrupt):
             measured.measure_serve(evaluation(), tmp_path)
+    kept = (tmp_path / FILE).read_bytes()
+    with pytest.raises(ConfigError, match="keeps 1 windows of another evaluation that was stopped; go on with its"):
+        measured.measure_serve(evaluation(**changed), tmp_path)
+    assert (tmp_path / FILE).read_bytes() == kept
+    (tmp_path / FILE).unlink()
     with monkeypatch.context() as patched:
         played = stop_after(patched, 9)
         measured.measure_serve(evaluation(**changed), tmp_path)
     assert played[0] == 0
-    assert "is of another evaluation" in capsys.readouterr().err
 
 
 def test_with_changes_that_are_not_committed_nothing_is_kept(tmp_path: Path) -> None:
@@ -100,8 +105,7 @@ def test_rows_survive_as_they_are(tmp_path: Path) -> None:
     again = Unfinished(tmp_path / FILE, {}, "0123")
     assert 4 in again
     pd.testing.assert_frame_equal(pd.DataFrame(again.rows([4])), pd.DataFrame(rows))
-    other = Unfinished(tmp_path / FILE, {"another": 1}, "0123")
-    first.add(5, rows)  # two evaluations in one folder do not mix
-    assert 5 not in Unfinished(tmp_path / FILE, {"another": 1}, "0123")
-    other.remove()
-    assert not (tmp_path / FILE).exists()
+    with pytest.raises(ConfigError, match="keeps 1 windows of another evaluation"):
+        Unfinished(tmp_path / FILE, {"another": 1}, "0123")
+    again.remove()
+    assert 4 not in Unfinished(tmp_path / FILE, {"another": 1}, "0123")

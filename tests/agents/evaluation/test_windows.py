@@ -8,7 +8,7 @@ import math
 import pytest
 
 from agents.envs.serve import ServeSetting
-from agents.envs.serve_lists import SCENARIOS, SHARES, memory_of, scenario_kwargs
+from agents.envs.serve_lists import FILE, SCENARIOS, SHARES, memory_of, scenario_kwargs
 from agents.envs.serve_pool import reference_attainment
 from agents.envs.serve_sources import serve_split, sources_with
 from agents.evaluation.windows import (
@@ -23,6 +23,7 @@ from agents.evaluation.windows import (
     seeds_note,
     spread_windows,
 )
+from tests.agents.helpers import run_module
 
 ROOMY = "roomy/published"
 
@@ -121,6 +122,14 @@ def test_a_lower_rate_lets_the_reference_serve_more(setting: ServeSetting) -> No
     assert calm is not None
     assert busy is not None
     assert calm > busy
+
+
+def test_a_part_of_the_lists_does_not_replace_all_of_them() -> None:
+    before = FILE.read_bytes()
+    made = run_module("agents.windows", "sources=[gamma]")
+    assert made.returncode == 2
+    assert "make a part of the lists of serve_windows.json; set out=FILE.json for it" in made.stderr
+    assert FILE.read_bytes() == before
 
 
 def test_the_file_has_a_line_for_each_source_and_reads_back() -> None:

@@ -91,6 +91,17 @@ def test_the_command_runs_what_was_exported_from_a_folder_with_any_name(tmp_path
     assert (tmp_path / "run" / "records.parquet").exists()
 
 
+def test_an_export_leaves_nothing_but_the_policy_and_its_page(tmp_path: Path) -> None:
+    folder = training(tmp_path / "run", "learned_serve_llama2")
+    made = run_module("agents.export", f"run={folder}", f"out={tmp_path / 'new' / 'mine.json'}", "room_weight=4.0")
+    assert made.returncode == 0, made.stderr
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["mine.json", "mine.md", "mine.safetensors"]
+    assert read_learned(tmp_path / "new" / "mine.json", "ServeTrace").about["room_weight"] == 4.0
+    none = run_module("agents.export", "runs=[]")
+    assert (none.returncode, "Traceback" in none.stderr) == (2, False)
+    assert "runs is []; it must be a pattern or a list" in none.stderr
+
+
 def test_names_in_a_policys_file_cannot_add_to_the_command(tmp_path: Path) -> None:
     target = export(training(tmp_path / "run", "learned_replica_llama2"), tmp_path / "mine.json")
     about = json.loads(target.read_text())

@@ -20,7 +20,7 @@ from hw.loop.run import Part, _check_alike, _loop
 from hw.loop.settings import parts_of, run_config
 from hw.validate.machine_speed import MachineFactors, machine_factors, run_speeds
 from sim.atomic import sole_writer
-from sim.config import compose_config
+from sim.config import check_overrides, compose_config
 from sim.cost.latency import CALIBRATIONS, load_calibration
 from sim.cost.model_spec import load_model
 from sim.errors import ConfigError
@@ -364,6 +364,8 @@ def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str
         (["measure=true", "reference_bits=[16, 3]"], "nothing but precisions that the calibration has: 16, 8, 4"),
         (["reference_s=0"], "reference_s is 0"),
         (["policies.low.policy=unknown"], "there is no policy=unknown"),
+        (["+policies.bad=5"], "policies.bad is 5; it must be a mapping, such as {policy: dense}"),
+        (["+windows.bad=3"], "windows.bad is 3; it must be a mapping"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_the_first_run(
@@ -372,3 +374,10 @@ def test_a_mistake_is_one_sentence_before_the_first_run(
     with pytest.raises(ConfigError, match=message):
         _loop(compose_config("hw_loop", [*settings, *more]))
     assert not list((tmp_path / "runs").rglob("real"))
+
+
+def test_a_key_that_holds_dots_is_named_with_the_way_to_change_it() -> None:
+    told = "trace.duration_s is one key of windows.bursts; to change it and keep the others: "
+    with pytest.raises(ConfigError, match=re.escape(told + "'windows.bursts={trace.duration_s: 8}'")):
+        check_overrides(["windows.bursts.trace.duration_s=8"], "hw_loop")
+    check_overrides(["windows.bursts={trace.duration_s: 8}"], "hw_loop")

@@ -311,6 +311,15 @@ def test_a_policy_decides_at_multiples_of_its_period() -> None:
     assert len(decided_s) > 50
 
 
+def test_a_learned_policy_that_decides_at_another_period_than_in_training_says_so(
+    tmp_path: Path, run_here: Run
+) -> None:
+    usual = ["policy=learned_serve", "trace.duration_s=5", "latency=llama2_7b_a100_trtllm"]
+    assert "in training" not in run_here(*usual, "hydra.run.dir=usual", cwd=tmp_path).stderr
+    often = run_here(*usual, "tick_s=0.5", "hydra.run.dir=often", cwd=tmp_path)
+    assert "the policy decided every 1 s in training, and every 0.5 s here: tick_s=1" in often.stderr
+
+
 def test_compilation_does_not_count_as_the_time_of_a_replay() -> None:
     from numba import njit
 
