@@ -109,11 +109,11 @@ def plot_training(axes: Any, curves: pd.DataFrame | None, steps: str = "environm
 
 def read_if_there(path: Path) -> pd.DataFrame | None:
     """Return a Parquet file as a frame; None where it was not measured."""
-    return read_rows(path) if path.exists() else None
+    return read_rows(path, ()) if path.exists() else None
 
 
-def read_rows(path: Path) -> pd.DataFrame:
-    """Return the rows of a result file.
+def read_rows(path: Path, needed: Sequence[str] = ("policy",)) -> pd.DataFrame:
+    """Return the rows of a result file; ``needed``: columns that it must have.
 
     Raises:
         ConfigError: for a file that is damaged or holds something else.
@@ -123,6 +123,6 @@ def read_rows(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{path} cannot be read ({reason}); delete it, and evaluate again without only=") from error
-    if "policy" not in rows:
-        raise ConfigError(f"{path} holds no results of policies; delete it, and evaluate again without only=")
+    if missing := [name for name in needed if name not in rows]:
+        raise ConfigError(f"{path} has no column {', '.join(missing)}; delete it, and evaluate again without only=")
     return rows

@@ -174,7 +174,7 @@ def test_a_damaged_result_file_is_an_error_that_names_it(tmp_path: Path, played:
         with pytest.raises(ConfigError, match=r"serve\.parquet cannot be read .*; delete it, and evaluate again"):
             read_rows(path)
     write_parquet(path, pd.DataFrame({"utility": [0.5]}))
-    with pytest.raises(ConfigError, match=r"serve\.parquet holds no results of policies"):
+    with pytest.raises(ConfigError, match=r"serve\.parquet has no column policy; delete it"):
         read_rows(path)
 
 
