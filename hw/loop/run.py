@@ -98,6 +98,8 @@ def _loop(cfg: DictConfig) -> int:
     out = results_folder(cfg, DEFAULT_OUT)
     if cfg.page == "only":
         content = read_json_object(out / RESULT, ConfigError, "run python -m hw.loop")
+        if not {"verdict", "rounds", "real", "provenance"} <= set(content):
+            raise ConfigError(f"{out / RESULT} holds no results of the loop; delete it, and run python -m hw.loop")
         return _written(content, out, console)
     check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
     if cfg.measure:

@@ -381,3 +381,9 @@ def test_a_key_that_holds_dots_is_named_with_the_way_to_change_it() -> None:
     with pytest.raises(ConfigError, match=re.escape(told + "'windows.bursts={trace.duration_s: 8}'")):
         check_overrides(["windows.bursts.trace.duration_s=8"], "hw_loop")
     check_overrides(["windows.bursts={trace.duration_s: 8}"], "hw_loop")
+
+
+def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"loop\.json holds no results of the loop; delete it"):
+        _loop(compose_config("hw_loop", ["page=only", f"out={tmp_path}"]))
