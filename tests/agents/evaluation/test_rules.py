@@ -383,8 +383,8 @@ def test_an_evaluation_reads_the_rules_of_the_folder_that_it_names(
 
 
 def test_a_sweep_into_one_folder_is_refused() -> None:
-    told = r"seed has several values, but .* out=runs/rules; .*'out=runs/seed_\$\{seed\}'"
-    with pytest.raises(ConfigError, match=told):
+    message = r"seed has several values, but .* out=runs/rules; .*'out=runs/seed_\$\{seed\}'"
+    with pytest.raises(ConfigError, match=message):
         check_overrides(["seed=0,1", "out=runs/rules"], "tune_rules")
     check_overrides(["seed=0,1", "out=runs/rules_${seed}"], "tune_rules")
     check_overrides(["out=runs/a,runs/b"], "tune_rules")

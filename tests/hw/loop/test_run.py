@@ -377,8 +377,8 @@ def test_a_mistake_is_one_sentence_before_the_first_run(
 
 
 def test_a_key_that_holds_dots_is_named_with_the_way_to_change_it() -> None:
-    told = "trace.duration_s is one key of windows.bursts; to change it and keep the others: "
-    with pytest.raises(ConfigError, match=re.escape(told + "'windows.bursts={trace.duration_s: 8}'")):
+    message = "trace.duration_s is one key of windows.bursts; to change it and keep the others: "
+    with pytest.raises(ConfigError, match=re.escape(message + "'windows.bursts={trace.duration_s: 8}'")):
         check_overrides(["windows.bursts.trace.duration_s=8"], "hw_loop")
     check_overrides(["windows.bursts={trace.duration_s: 8}"], "hw_loop")
 
