@@ -208,15 +208,21 @@ def claim_commits(path: Path, command: str = "python -m agents.claim") -> list[s
 
 
 def check_unchanged_since(commit: str, command: str = "python -m agents.claim") -> None:
-    """Check that no code and no configuration changed since a claim.
+    """Check that no code and no configuration changed since a claim, and that no file of either is new.
 
     Raises:
-        ConfigError: if a file did.
+        ConfigError: if a file changed, or git does not know it and does not ignore it.
     """
-    if changed := _git("diff", "--name-only", commit, "--", *(f":/{folder}" for folder in PLAYED_BY)):
+    folders = [f":/{folder}" for folder in PLAYED_BY]
+    if changed := _git("diff", "--name-only", commit, "--", *folders):
         raise ConfigError(
-            f"{changed.split()[0]} changed since the claim {commit[:12]}; play the claim as it was made, or claim "
+            f"{changed.splitlines()[0]} changed since the claim {commit[:12]}; play the claim as it was made, or claim "
             f"again: {command}"
+        )
+    if new := _git("ls-files", "--full-name", "--others", "--exclude-standard", "--", *folders):
+        raise ConfigError(
+            f"{new.splitlines()[0]} is not part of the claim {commit[:12]}; move it out of the checkout, or commit it "
+            f"and claim again: {command}"
         )
 
 

@@ -37,7 +37,7 @@ from agents.envs.serve_sources import serve_split, source_of, sources_with
 from agents.envs.serve_windows import Window
 from sim.atomic import check_writable
 from sim.config import one_thread, run_command
-from sim.errors import ConfigError
+from sim.errors import ConfigError, nearest
 from sim.progress import progress, say
 from sim.results.metrics import met_slo
 from sim.results.run_folder import write_text
@@ -255,10 +255,14 @@ def made_lists(sources: Sequence[str] | None, scenarios: Sequence[str] | None) -
         if (repeats := seeds_note(split)) is not None:
             say(repeats)
     if sources is not None:
+        listed = set().union(*by_split.values())
+        for name in sources:
+            if name not in listed:
+                raise ConfigError(f"sources: {name!r} has no validation or test windows; {nearest(name, listed)}")
         by_split = {split: [name for name in known if name in sources] for split, known in by_split.items()}
     total = sum(len(known) * len(names) for known in by_split.values())
     if not total:
-        raise ConfigError(f"sources is {list(sources or ())}; none of them has validation or test windows")
+        raise ConfigError("sources is []; name at least one, or leave it null for all")
     content: dict[str, Any] = {
         "command": "python -m agents.windows",
         "server": server_of(settings[names[0]]),

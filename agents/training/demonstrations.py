@@ -9,6 +9,7 @@ the target is uniform over them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,9 +150,16 @@ def starting_policy(path: str, member: int | None) -> tuple[Learned, Network]:
     """Return the policy of ``imitate.path``, and the network of it that a training starts with.
 
     Raises:
-        ConfigError: for a policy that averages several networks without a member, or a member that is not there.
+        ConfigError: for a file that does not exist, a policy that averages several networks without a member, or a
+            member that is not there.
     """
-    learned = read_learned(REPOSITORY / path if path.endswith(".json") else path, "ServeTrace")
+    file = REPOSITORY / path if path.endswith(".json") else path
+    if isinstance(file, Path) and not file.is_file():
+        raise ConfigError(
+            f"imitate.path: there is no {file}; a clone of the same seed writes it (python -m agents.clone seed=N), or "
+            "start from a shipped policy: imitate.path=learned_serve_llama2 imitate.member=0"
+        )
+    learned = read_learned(file, "ServeTrace")
     count = learned.network.members
     if member is None and count > 1:
         raise ConfigError(

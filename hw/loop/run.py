@@ -102,8 +102,7 @@ def _loop(cfg: DictConfig) -> int:
             raise ConfigError(f"{out / RESULT} holds no results of the loop; delete it, and run python -m hw.loop")
         return _written(content, out, console)
     check_windows(cfg, 1.0)  # before the machine is measured, which takes a minute; the number of requests stays
-    if cfg.measure:
-        precisions_of(cfg)
+    precisions_of(cfg)
     real, parts = RealServer(cfg), []
     for number in range(cfg.first_round, (cfg.first_round if cfg.page == "predict" else cfg.rounds) + 1):
         check_folder(cfg, number)

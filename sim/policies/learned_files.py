@@ -10,7 +10,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from sim.errors import nearest
+from sim.results.metrics import Side
 
 MAX_JSON_BYTES = 40 * 2**20
 MAX_HEADER_BYTES = 2**20
@@ -120,9 +121,10 @@ GUARD: Mapping[str, Check] = {
     "form": NAME,
     "margin_nats": (lambda value: _number(value) and value >= 0, "a number of nats, at least 0"),
 }
+TARGET: Check = (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null")
 SLO: Mapping[str, Check] = {
-    "ttft_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
-    "tpot_s": (_optional(lambda value: _number(value) and value > 0), "a number of seconds above 0, or null"),
+    **dict.fromkeys(("ttft_s", "tpot_s", "e2e_s"), TARGET),
+    "side": (lambda value: value in get_args(Side), " or ".join(get_args(Side))),
 }
 ENVIRONMENT: Mapping[str, Check] = {
     "restore": (_flag, "true or false"),
@@ -180,19 +182,15 @@ def read_about(path: Path) -> dict[str, Any]:
     for key in REQUIRED:
         if key not in about:
             raise ValueError(f"there is no key {key!r}")
-    known = {**REQUIRED, **OPTIONAL}
-    for key in about:
-        if key not in known:
-            raise ValueError(f"unknown key {reprlib.repr(key)}; {nearest(key, known)}")
-    _check(about, known, "")
+    _check_all(about, {**REQUIRED, **OPTIONAL}, "")
     _check(about.get("environment", {}), ENVIRONMENT, "environment.")
     _check(about.get("training", {}), TRAINING, "training.")
-    _check(about.get("slo", {}), SLO, "slo.")
+    _check_all(about.get("slo", {}), SLO, "slo.")
     if "guard" in about:
         for key in GUARD:
             if key not in about["guard"]:
                 raise ValueError(f"there is no key guard.{key}")
-        _check(about["guard"], GUARD, "guard.")
+        _check_all(about["guard"], GUARD, "guard.")
     _check_members(about)
     _check_plans(about)
     _check_terms(about)
@@ -215,7 +213,16 @@ def _check_terms(about: Mapping[str, Any]) -> None:
         raise ValueError("pace_share and run_share both limit what runs; leave one of them out")
 
 
+def _check_all(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str) -> None:
+    """Check a table in which no other keys may stand."""
+    for key in values:
+        if key not in checks:
+            raise ValueError(f"unknown key {prefix}{reprlib.repr(key)}; {nearest(key, checks)}")
+    _check(values, checks, prefix)
+
+
 def _check(values: Mapping[str, Any], checks: Mapping[str, Check], prefix: str) -> None:
+    """Check the keys of a table that are read."""
     for key, (check, allowed) in checks.items():
         if key in values and not check(values[key]):
             raise ValueError(f"{prefix}{key} is {reprlib.repr(values[key])}; it must be {allowed}")
@@ -236,10 +243,7 @@ def _check_members(about: Mapping[str, Any]) -> None:
 def _check_plans(about: Mapping[str, Any]) -> None:
     """Check the table of plans before any plan is made: there is one for each action of the network."""
     plans = about.get("plans", {})
-    for key in plans:
-        if key not in PLANS:
-            raise ValueError(f"unknown key plans.{reprlib.repr(key)}; {nearest(key, PLANS)}")
-    _check(plans, PLANS, "plans.")
+    _check_all(plans, PLANS, "plans.")
     count = _plan_count(plans)
     actions = math.prod(about.get("heads", about["layers"][-1][:1]))
     if plans and count != actions:

@@ -138,6 +138,10 @@ def test_a_claim_is_not_played_with_code_or_configuration_that_changed_since(che
     (checkout / "notes.md").write_text("anything")
     git(checkout, "add", "notes.md")
     check_claim(cfg, played, tmp_path / "results")
+    (checkout / "sim" / "new.py").write_text("tick = 2\n")
+    with pytest.raises(ConfigError, match=r"sim/new\.py is not part of the claim"):
+        check_claim(cfg, played, tmp_path / "results")
+    (checkout / "sim" / "new.py").unlink()
     (checkout / "sim" / "engine.py").write_text("tick = 2\n")
     with pytest.raises(ConfigError, match=r"sim/engine\.py changed since the claim"):
         check_claim(cfg, played, tmp_path / "results")

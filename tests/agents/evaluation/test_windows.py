@@ -19,10 +19,12 @@ from agents.evaluation.windows import (
     decides,
     listed_sources,
     lists_text,
+    made_lists,
     row_window,
     seeds_note,
     spread_windows,
 )
+from sim.errors import ConfigError
 from tests.agents.helpers import run_module
 
 ROOMY = "roomy/published"
@@ -130,6 +132,13 @@ def test_a_part_of_the_lists_does_not_replace_all_of_them() -> None:
     assert made.returncode == 2
     assert "make a part of the lists of serve_windows.json; set out=FILE.json for it" in made.stderr
     assert FILE.read_bytes() == before
+
+
+def test_a_source_without_windows_is_named_next_to_those_that_have_some() -> None:
+    with pytest.raises(ConfigError, match=r"'gama' has no validation or test windows; did you mean 'gamma'\? allowed"):
+        made_lists(["gama", "mmpp"], None)
+    with pytest.raises(ConfigError, match=r"sources is \[\]; name at least one"):
+        made_lists([], None)
 
 
 def test_the_file_has_a_line_for_each_source_and_reads_back() -> None:

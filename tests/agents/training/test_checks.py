@@ -105,6 +105,10 @@ def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(override: st
         (["experiment=ppo_serve", "env.kwargs.sources=[bust]"], "did you mean 'burst'"),
         (["experiment=finetune_serve", BURST, "imitate.path=nowhere"], "no learned policy 'nowhere'"),
         (
+            ["experiment=finetune_serve", BURST, "imitate.path=runs/none/policy.json"],
+            r"there is no .*runs/none/policy\.json; a clone of the same seed writes it \(python -m agents\.clone",
+        ),
+        (
             ["experiment=finetune_serve", BURST, "imitate.path=learned_replica_llama2", "hidden=[16]"],
             r"hidden is \[16\], but",
         ),

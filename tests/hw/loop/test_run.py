@@ -361,6 +361,7 @@ def test_requests_arrive_slower_by_the_slowdown_on_both_sides(settings: list[str
         (["first_round=2"], "first_round is 2; it must be from 1 to the number of rounds, 1"),
         (["predict_each=policy"], "predict_each is 'policy'"),
         (["measure=true", "reference_bits=[8, 4]"], r"reference_bits is \[8, 4\]; it must hold 16"),
+        (["measure=false", "reference_bits=[8]"], r"reference_bits is \[8\]; it must hold 16"),
         (["measure=true", "reference_bits=[16, 3]"], "nothing but precisions that the calibration has: 16, 8, 4"),
         (["reference_s=0"], "reference_s is 0"),
         (["policies.low.policy=unknown"], "there is no policy=unknown"),

@@ -81,6 +81,11 @@ def test_the_learned_policy_is_compared_with_the_rule_that_is_best_on_the_real_e
     assert (found["best_rule"], found["verdict"], found["holds"]) == ("rule", verdict, verdict != "below")
 
 
+def test_a_single_repeat_does_not_say_whether_the_learned_policy_is_below_the_best_rule() -> None:
+    found = against_best_rule({"rule": np.array([[0.5], [0.6]]), "learned": np.array([[0.8], [0.9]])}, "learned")
+    assert (found["verdict"], found["noise"], found["holds"]) == ("unknown", None, False)
+
+
 @pytest.mark.parametrize(
     ("broken", "simulated", "real", "changes"),
     [
